@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls that differ between devices, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from kvserve.engine.rows import RowShapes
+
+
+class Device(Protocol):
+    """Writes head pages and attends to them, row by row.
+
+    A pool is ``[num_pages, 1, page_size, 2 * head_size]``; what lies inside a page is
+    the device's own affair, so everybody else moves whole pages.
+    """
+
+    def plan_rows(self, shapes: RowShapes) -> Any:
+        """Prepare what kernels want to know of rows, once for all alike layers."""
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Store keys and values ``[n, head_size]`` at ``slots [n]``."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: Any,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Run causal attention of ``query [n, G, head_size]`` into ``out``."""
+
+
+class CPUDevice:
+    """vLLM's stock CPU kernels, called with one KV head."""
+
+    def __init__(
+        self, dtype: torch.dtype, group_size: int, head_size: int, page_size: int
+    ) -> None:
+        self._dtype = dtype
+        self._group_size = group_size
+        self._head_size = head_size
+        self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
+
+    def plan_rows(self, shapes: RowShapes) -> Any:
+        query_start = torch.from_numpy(shapes.query_start)
+        seq_lens = torch.from_numpy(shapes.seq_lens)
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self._group_size,
+            num_kv_heads=1,
+            head_dim=self._head_size,
+            seq_lens=seq_lens,
+            dtype=self._dtype,
+            query_start_loc=query_start,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self._isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        return query_start, seq_lens, schedule
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        keys, values = _split(pool)
+        ops.cpu_attn_reshape_and_cache(
+            key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: Any,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        query_start, seq_lens, schedule = rows
+        keys, values = _split(pool)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=keys,
+            value_cache=values,
+            output=out,
+            query_start_loc=query_start,
+            seq_lens=seq_lens,
+            scale=scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=page_table,
+            softcap=0.0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )
+
+
+def _split(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """View a pool as the CPU kernels' key and value halves of each page."""
+    pages, heads, page_size, width = pool.shape
+    keys, values = pool.view(pages, heads, page_size * 2, width // 2).chunk(2, dim=2)
+    return keys, values

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocates head pages in vLLM's scheduler, by the page plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from kvserve.engine.spec import HeadPagedSpec
+
+
+class HeadPagedManager(SingleTypeKVCacheManager):
+    """Gives a request exactly the pages of its plan.
+
+    Invariant: after ``allocate_new_blocks(request, n)`` the request holds
+    ``max(plan.pages(m) for m <= n seen so far)`` pages, in the plan's list order. A
+    bounded lane recycles its own pages in place, so nothing is freed before the end.
+    """
+
+    def __init__(
+        self, kv_cache_spec: HeadPagedSpec, block_pool: BlockPool, **kwargs: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self._plan = kv_cache_spec.plan
+        # Scratch pages leave the pool for good. This manager is the pool's first
+        # caller, so they are blocks 1..K and the worker knows them without a message.
+        # The pool is told that it is smaller: usage counts what requests can have.
+        scratch = block_pool.get_new_blocks(kv_cache_spec.num_scratch_pages)
+        expected = list(range(1, len(scratch) + 1))
+        if [block.block_id for block in scratch] != expected:
+            raise RuntimeError("scratch pages must be the first blocks of the pool")
+        block_pool.num_gpu_blocks -= len(scratch)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        del new_computed_blocks, total_computed_tokens, num_local_computed_tokens
+        del num_tokens_main_model, apply_admission_cap, prefill_end
+        held = len(self.req_to_blocks.get(request_id, ()))
+        return max(self._plan.pages(num_tokens) - held, 0)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        del num_tokens_main_model
+        held = self.req_to_blocks[request_id]
+        missing = self._plan.pages(num_tokens) - len(held)
+        if missing <= 0:
+            return []
+        pages = self.block_pool.get_new_blocks(missing)
+        held.extend(pages)
+        return pages
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Report no hit: head pages are not shared between requests."""
+        del block_hashes, max_length, block_pool, kv_cache_spec, drop_eagle_block
+        del alignment_tokens, dcp_world_size, pcp_world_size
+        return tuple([] for _ in kv_cache_group_ids), 0

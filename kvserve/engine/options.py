@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a policy and a user's vLLM options to options that vLLM can start with.
+
+Options that this version cannot honour are refused when somebody asked for them, and
+switched off with one log line when they are merely vLLM's default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from kvserve.engine.settings import CONFIG_KEY, PolicySettings
+from kvserve.errors import UserError
+
+PAGE_SIZE = 32
+"""Tokens of a head page: the smallest that vLLM's CPU kernels take."""
+
+_WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
+_STOCK = "or serve with stock vLLM: `--policy none`"
+
+_REFUSED: dict[str, str] = {
+    "speculative_config": "speculative decoding would score rejected tokens",
+    "kv_transfer_config": "KV connectors move whole-layer blocks, not head pages",
+    "kv_offloading_size": "KV offloading moves whole-layer blocks, not head pages",
+    "kv_events_config": "KV events describe whole-layer blocks, not head pages",
+    "kv_sharing_fast_prefill": "all layers already share one pool of head pages",
+    "kv_cache_dtype_skip_layers": "all layers share one pool of one type",
+}
+_PARALLEL = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+
+
+def engine_options(
+    settings: PolicySettings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return vLLM options that serve a policy.
+
+    Args:
+        settings: the policy.
+        options: vLLM engine options by field name, as far as the user gave them.
+
+    Raises:
+        UserError: an option that head pages cannot honour.
+    """
+    _check_platform()
+    for name, why in _REFUSED.items():
+        if options.get(name):
+            raise UserError(f"{_flag(name)}: {why}; leave it out, {_STOCK}")
+    for name in _PARALLEL:
+        if (options.get(name) or 1) > 1:
+            raise UserError(
+                f"{_flag(name)}={options[name]}: a policy runs on one device per "
+                f"replica; use 1, {_STOCK}"
+            )
+    _check_cache_type(options)
+    block_size = options.get("block_size") or PAGE_SIZE
+    if block_size % PAGE_SIZE:
+        raise UserError(
+            f"--block-size={block_size}: a head page holds a multiple of "
+            f"{PAGE_SIZE} tokens"
+        )
+    additional = dict(options.get("additional_config") or {})
+    if CONFIG_KEY in additional:
+        raise UserError(
+            f"--additional-config: its key {CONFIG_KEY!r} is the policy's; use "
+            "--policy and --policy-arg"
+        )
+    if options.get("enable_prefix_caching") is None:
+        print(
+            "kvserve: prefix caching is off: head pages are not shared yet",
+            file=sys.stderr,
+        )
+    return {
+        **options,
+        "block_size": block_size,
+        "enable_prefix_caching": False,
+        "worker_cls": _WORKER,
+        "additional_config": {**additional, **settings.to_additional_config()},
+    }
+
+
+def prepare_environment() -> None:
+    """Make sure that vLLM loads our plugin and uses every CPU it may use."""
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "kvserve" not in plugins.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "kvserve"]))
+    if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        # vLLM's automatic binding leaves one core idle.
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+
+
+def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine options in ``values`` that differ from vLLM's defaults."""
+    defaults = EngineArgs()
+    return {
+        name: value
+        for name, value in values.items()
+        if hasattr(defaults, name) and value != getattr(defaults, name)
+    }
+
+
+def _check_platform() -> None:
+    if not current_platform.is_cpu():
+        raise UserError(
+            "--policy: this version serves policies on CPUs only; on "
+            f"{current_platform.device_name or 'this device'} use `--policy none`"
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        raise UserError(
+            "VLLM_USE_V2_MODEL_RUNNER=1: policies need vLLM's V1 model runner; unset it"
+        )
+
+
+def _check_cache_type(options: Mapping[str, Any]) -> None:
+    if options.get("enable_prefix_caching"):
+        raise UserError(
+            "--enable-prefix-caching: head pages are not shared between requests; "
+            f"leave it out, {_STOCK}"
+        )
+    cache_dtype = options.get("kv_cache_dtype") or "auto"
+    if cache_dtype not in ("auto", "bfloat16", "float16"):
+        raise UserError(
+            f"--kv-cache-dtype={cache_dtype}: head pages hold the model's own type; "
+            f"use auto, {_STOCK}"
+        )
+    worker = options.get("worker_cls") or "auto"
+    if worker not in ("auto", _WORKER):
+        raise UserError(
+            f"--worker-cls={worker}: a policy brings its own worker; leave it out, "
+            f"{_STOCK}"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

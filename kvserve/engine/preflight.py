@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks in the front-end process, before any engine process starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.mem_constants import GiB_bytes
+from vllm.utils.torch_utils import get_dtype_size
+
+from kvserve.engine.settings import PolicySettings
+from kvserve.engine.support import check_model, model_shape_of
+from kvserve.errors import UserError
+from kvserve.plan import PagePlan, scratch_pages
+from kvserve.units import format_bytes
+
+
+def check_start(options: Mapping[str, Any]) -> VllmConfig:
+    """Check that an engine with these options can serve its policy.
+
+    Args:
+        options: engine options that name a policy (``options.engine_options``).
+
+    Returns:
+        The configuration that vLLM makes of the options.
+
+    Raises:
+        UserError: one line on what is wrong and what to do.
+    """
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    known = {name: value for name, value in options.items() if name in fields}
+    try:
+        config = EngineArgs(**known).create_engine_config()
+    except ValidationError as error:
+        problems = "; ".join(str(e["msg"]) for e in error.errors())
+        raise UserError(problems.removeprefix("Value error, ")) from None
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    check_model(config)
+    policy = PolicySettings.from_config(config).create_policy()
+    shape = model_shape_of(config)
+    plan = PagePlan.from_budgets(policy.budgets(shape), config.cache_config.block_size)
+    check_pool(config, plan, shape.head_size)
+    return config
+
+
+def check_pool(config: VllmConfig, plan: PagePlan, head_size: int) -> None:
+    """Refuse a pool that cannot hold one request of the longest length.
+
+    A pool that vLLM sizes itself is checked by the engine process.
+    """
+    size = config.cache_config.kv_cache_memory_bytes
+    if size is None and envs.VLLM_CPU_KVCACHE_SPACE:
+        size = int(envs.VLLM_CPU_KVCACHE_SPACE * GiB_bytes)
+    if size is None:
+        return
+    scheduler, length = config.scheduler_config, config.model_config.max_model_len
+    page_bytes = 2 * head_size * plan.page_size * get_dtype_size(
+        config.model_config.dtype
+    )
+    scratch = scratch_pages(
+        plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    )
+    # One page more: vLLM's block 0 is never given out.
+    needed = (plan.pages(length) + scratch + 1) * page_bytes
+    if size < needed:
+        raise UserError(
+            f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "
+            f"needs {needed} bytes ({format_bytes(needed)}) under this policy; give "
+            "more memory or lower --max-model-len"
+        )

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a scheduled batch into rows for a paged-attention kernel.
+
+A *row* is a sequence of queries that share one KV head and one page table: a (request,
+KV head) pair in decode and for full heads, a (request, KV head, query block) triple
+for bounded heads in prefill. Kernels run rows with ``num_kv_heads = 1`` and know
+nothing of policies: what a head may see is which pages its rows list.
+
+Rows of a step come in two parts. Decode rows follow the tokens, ``(request, head)``,
+so that queries ``[tokens, H_q, D]`` are rows by a mere view. Prefill rows are
+head-major, ``(head, request[, block])``, over queries transposed to
+``[H_kv, tokens, G, D]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvserve.engine.page_tables import PageArray, PageTables
+from kvserve.plan import IntArray, PagePlan
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass
+class RowShapes:
+    """Lengths of a step's rows, shared by all layers whose heads have equal budgets.
+
+    Attributes:
+        query_start: first query of each row, ``[rows + 1]``.
+        seq_lens: keys that the row's last query sees, ``[rows]``.
+    """
+
+    query_start: Int32Array
+    seq_lens: Int32Array
+
+
+@dataclass
+class StepRows:
+    """One step's rows.
+
+    Attributes:
+        num_decode_tokens: leading tokens that are decode rows.
+        shapes: one for each distinct layer of the plan.
+        page_tables: pages of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
+        slots: where each token's key and value go, ``[num_layers, tokens * H_kv]``.
+        copies: per layer, scratch pages and the ring pages they replace once attention
+            is done; empty when there is nothing to copy.
+    """
+
+    num_decode_tokens: int
+    shapes: list[RowShapes]
+    page_tables: PageArray | list[PageArray]
+    slots: IntArray
+    copies: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+
+
+class RowBuilder:
+    """Builds the rows of each step from the page tables."""
+
+    def __init__(self, plan: PagePlan, tables: PageTables) -> None:
+        self._plan = plan
+        self._tables = tables
+        lanes = np.stack([plan.sink_array, plan.window_array], axis=-1)
+        _, first, inverse = np.unique(
+            lanes.reshape(plan.num_layers, -1),
+            axis=0,
+            return_index=True,
+            return_inverse=True,
+        )
+        self._exemplars: list[int] = first.tolist()
+        self.shape_of_layer: list[int] = inverse.ravel().tolist()
+
+    def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
+        """Build the rows of a batch whose one-token requests come first.
+
+        Args:
+            query_start: first token of each request, ``[requests + 1]``.
+            seq_lens: tokens of each request when the step is done, ``[requests]``.
+        """
+        lengths = np.diff(query_start)
+        longer = np.flatnonzero(lengths > 1)
+        num_decodes = int(longer[0]) if longer.size else len(lengths)
+        decode_lens = self._decode_lens(seq_lens[:num_decodes])
+        slots = self._decode_slots(seq_lens[:num_decodes])
+        if not longer.size:
+            return self._decode_only(decode_lens, slots)
+        chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
+        slots = np.concatenate([slots, chunks.slots()], axis=1)
+        shapes = [
+            self._with_prefill(decode_lens[layer], chunks, layer)
+            for layer in self._exemplars
+        ]
+        return StepRows(
+            num_decodes,
+            shapes,
+            [self._page_table(layer, chunks) for layer in range(self._plan.num_layers)],
+            slots,
+            chunks.copies(),
+        )
+
+    def _decode_lens(self, seq_lens: IntArray) -> IntArray:
+        """Keys each decode row sees, ``[num_layers, requests * H_kv]``."""
+        visible = self._plan.visible_tokens(seq_lens).swapaxes(1, 2)
+        return visible.reshape(self._plan.num_layers, -1)
+
+    def _decode_slots(self, seq_lens: IntArray) -> IntArray:
+        page_size = self._plan.page_size
+        page = self._tables.open_page[:, : len(seq_lens)].astype(np.int64)
+        slots = page * page_size + ((seq_lens - 1) % page_size)[:, None]
+        return slots.reshape(self._plan.num_layers, -1)
+
+    def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
+        rows = decode_lens.shape[1]
+        starts = np.arange(rows + 1, dtype=np.int32)
+        shapes = [
+            RowShapes(starts, decode_lens[layer].astype(np.int32))
+            for layer in self._exemplars
+        ]
+        ordered = self._tables.ordered
+        num_decodes = rows // self._plan.num_kv_heads
+        tables = ordered[:, :num_decodes].reshape(len(ordered), rows, -1)
+        return StepRows(num_decodes, shapes, tables, slots)
+
+    def _with_prefill(
+        self, decode_lens: IntArray, chunks: _Chunks, layer: int
+    ) -> RowShapes:
+        lengths, seq_lens = [np.ones_like(decode_lens)], [decode_lens]
+        for head in range(self._plan.num_kv_heads):
+            if self._plan.windows[layer][head]:
+                lengths.append(chunks.block_lengths)
+                seq_lens.append(chunks.visible[layer, head])
+            else:
+                lengths.append(chunks.lengths)
+                seq_lens.append(chunks.seq_lens)
+        starts = np.concatenate([[0], *lengths]).cumsum()
+        return RowShapes(
+            starts.astype(np.int32), np.concatenate(seq_lens).astype(np.int32)
+        )
+
+    def _page_table(self, layer: int, chunks: _Chunks) -> PageArray:
+        first, heads = chunks.first_row, self._plan.num_kv_heads
+        width = self._tables.by_slot.shape[3]
+        decode = self._tables.ordered[layer, :first].reshape(first * heads, width)
+        parts: list[PageArray] = [decode]
+        for head in range(heads):
+            if self._plan.windows[layer][head]:
+                listed = chunks.bounded_tables[layer, head]
+                pad = np.zeros((len(listed), width - listed.shape[1]), np.int32)
+                parts.append(np.concatenate([listed, pad], axis=1))
+            else:
+                rows = slice(first, first + len(chunks.lengths))
+                parts.append(self._tables.by_slot[layer, rows, head])
+        return np.concatenate(parts)
+
+
+class _Chunks:
+    """The prefill part of one step: each request's chunk, cut at page boundaries.
+
+    Attributes:
+        first_row: batch row of the first chunk.
+        lengths, seq_lens: queries and keys of each chunk, ``[chunks]``.
+        block_lengths: queries in each touched block, ``[blocks]``.
+        visible: keys that a block's last query sees, ``[layers, heads, blocks]``.
+        bounded_tables: pages a block's queries read, ``[layers, heads, blocks, w]``.
+    """
+
+    def __init__(
+        self,
+        plan: PagePlan,
+        tables: PageTables,
+        query_start: IntArray,
+        seq_lens: IntArray,
+        first_row: int,
+    ) -> None:
+        self._plan, self._by_slot = plan, tables.by_slot
+        self.first_row = first_row
+        self.lengths = np.diff(query_start)[first_row:]
+        self.seq_lens = seq_lens[first_row:]
+        size = plan.page_size
+        first_token = self.seq_lens - self.lengths
+        first_block, last_block = first_token // size, (self.seq_lens - 1) // size
+        counts = last_block - first_block + 1
+        self._chunk = np.repeat(np.arange(len(counts)), counts)
+        ends = counts.cumsum()
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        self._block = first_block[self._chunk] + within
+        start = np.maximum(self._block * size, first_token[self._chunk])
+        stop = np.minimum((self._block + 1) * size, self.seq_lens[self._chunk])
+        self.block_lengths = stop - start
+        self.visible = plan.visible_tokens(stop)
+        self._offset = start % size
+        self._is_last_of = self._block - last_block[self._chunk]
+        # A block that is new to this chunk and finds no slot of its own free waits
+        # in scratch: its ring slot is still read by the chunk's earlier queries.
+        new = within > 0
+        self._scratch_index = np.cumsum(new) - 1
+        self._in_scratch = new & (self._block >= plan.capacity[..., None])
+        self._pages = self._written_pages()
+        self.bounded_tables = self._bounded_tables()
+
+    def _scratch_page(self, index: IntArray) -> IntArray:
+        """Scratch page of a block, ``[heads, *index.shape]``; pages 1..K are scratch.
+
+        Layers run one after the other and use the same pages.
+        """
+        heads = np.arange(self._plan.num_kv_heads)
+        stride = int(self._scratch_index[-1]) + 1
+        per_head = heads.reshape(-1, *[1] * index.ndim) * stride
+        return 1 + per_head + index
+
+    def _own_pages(self, block: IntArray, chunk: IntArray) -> IntArray:
+        """Page in the request's own list of ``block``, ``[layers, heads, *shape]``."""
+        layers = np.arange(self._plan.num_layers)[:, None, None]
+        heads = np.arange(self._plan.num_kv_heads)[None, :, None]
+        slot = self._plan.slot_of(block)
+        pages = self._by_slot[layers, self.first_row + chunk, heads, slot]
+        return pages.astype(np.int64)
+
+    def _written_pages(self) -> IntArray:
+        """Page each touched block is written to, ``[layers, heads, blocks]``."""
+        own = self._own_pages(self._block, self._chunk)
+        return np.where(self._in_scratch, self._scratch_page(self._scratch_index), own)
+
+    def _bounded_tables(self) -> PageArray:
+        if not self._plan.has_bounded_lanes:
+            return np.zeros((0, 0, 0, 0), dtype=np.int32)
+        width = min(self._plan.bounded_width, self._by_slot.shape[3])
+        visible = self._plan.visible_blocks(self._block)[..., :width]
+        shape = visible.shape
+        distance = np.where(visible < 0, 0, visible - self._block[:, None])
+        # Listed blocks of this chunk are the touched block `distance` places back.
+        touched = np.arange(len(self._block))[:, None] + distance
+        same_chunk = (touched >= 0) & (
+            self._chunk[np.maximum(touched, 0)] == self._chunk[:, None]
+        )
+        flat = np.maximum(visible, 0).reshape(*shape[:2], -1)
+        chunk = np.repeat(self._chunk, width)
+        own = self._own_pages(flat, chunk).reshape(shape)
+        layers = np.arange(shape[0])[:, None, None, None]
+        heads = np.arange(shape[1])[None, :, None, None]
+        written = self._pages[layers, heads, np.maximum(touched, 0)]
+        return np.where(same_chunk & (visible >= 0), written, own).astype(np.int32)
+
+    def slots(self) -> IntArray:
+        """Slot of each prefill token and head, ``[layers, tokens * heads]``."""
+        token_block = np.repeat(np.arange(len(self._block)), self.block_lengths)
+        begin = self.block_lengths.cumsum() - self.block_lengths
+        within = np.arange(len(token_block)) - begin[token_block]
+        offset = self._offset[token_block] + within
+        slots = self._pages[:, :, token_block] * self._plan.page_size + offset
+        return slots.swapaxes(1, 2).reshape(self._plan.num_layers, -1)
+
+    def copies(self) -> list[tuple[IntArray, IntArray]]:
+        """Scratch pages that survive the chunk and the ring pages they go to."""
+        survives = self._in_scratch & (
+            self._is_last_of > -self._plan.window_array[..., None]
+        )
+        own = self._own_pages(self._block, self._chunk)
+        return [
+            (self._pages[layer][survives[layer]], own[layer][survives[layer]])
+            for layer in range(self._plan.num_layers)
+        ]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV cache spec that tells vLLM's scheduler about head pages.
+
+vLLM sees a model with one attention layer of one KV head: a block of the pool is one
+head page. The page plan inside the spec says how many of them a request holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kvserve.plan import PagePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPagedSpec(AttentionSpec):
+    """One flat pool of head pages, shared by all layers and KV heads.
+
+    ``num_kv_heads`` is 1 by construction: ``page_size_bytes`` is one head page.
+    """
+
+    plan: PagePlan
+    num_scratch_pages: int
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    @property
+    def block_table_token_alignment(self) -> int | None:
+        return None
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        pages = self.plan.pages(vllm_config.model_config.max_model_len)
+        return (pages + self.num_scratch_pages) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        del vllm_config
+        return self.plan.pages(max_len)

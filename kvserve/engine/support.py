@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this version can serve. Everything else is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
+
+from kvserve.errors import UserError
+from policies.base import ModelShape
+
+_WAY_OUT = "serve it with stock vLLM (`--policy none`)"
+
+
+def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
+    """Read the shape of the model that a config names."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return ModelShape(
+        name=Path(model.model).name,
+        num_layers=model.get_num_layers(parallel),
+        num_query_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+    )
+
+
+def check_model(vllm_config: VllmConfig) -> None:
+    """Refuse, by its configuration alone, a model that cannot be paged per head.
+
+    Raises:
+        UserError: names the model, what it has and the way out.
+    """
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    kinds = {
+        "MLA": model.use_mla,
+        "Mamba or linear-attention": model.is_hybrid or model.is_attention_free,
+        "encoder-decoder": model.is_encoder_decoder,
+        "pooling": model.runner_type != "generate",
+        "built-in sliding-window": _has_sliding_window(text),
+    }
+    for kind, present in kinds.items():
+        if present:
+            raise _unsupported(model.model, kind)
+
+
+def _has_sliding_window(text_config: Any) -> bool:
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    # Qwen2-like configs name a window that `use_sliding_window` switches off.
+    enabled = getattr(text_config, "use_sliding_window", True)
+    return bool(enabled and getattr(text_config, "sliding_window", None))
+
+
+def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> None:
+    """Refuse a loaded model with layers that head pages cannot hold.
+
+    The backstop of :func:`check_model` for what a configuration does not tell.
+
+    Raises:
+        UserError: names the model, the layer's kind and the way out.
+    """
+    name = vllm_config.model_config.model
+    context = vllm_config.compilation_config.static_forward_context
+    for layer_name, layer in context.items():
+        is_other = isinstance(layer, AttentionLayerBase)
+        if is_other and layer_name not in layers:
+            raise _unsupported(name, type(layer).__name__)
+    if not layers:
+        raise _unsupported(name, "no attention")
+    for layer in layers.values():
+        if layer.attn_type != AttentionType.DECODER:
+            raise _unsupported(name, f"{layer.attn_type} attention")
+        if layer.sliding_window is not None:
+            raise _unsupported(name, "built-in sliding-window")
+        if layer.kv_sharing_target_layer_name is not None:
+            raise _unsupported(name, "KV-sharing")
+        if layer.has_sink or getattr(layer.impl, "alibi_slopes", None) is not None:
+            raise _unsupported(name, "learned-sink or ALiBi")
+        if getattr(layer.impl, "logits_soft_cap", 0):
+            raise _unsupported(name, "soft-capped")
+    shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
+    if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
+        raise _unsupported(name, "unequal")
+
+
+def _unsupported(model: str, kind: str) -> UserError:
+    return UserError(
+        f"MODEL {model}: has {kind} layers, which kvserve cannot page per head; "
+        f"{_WAY_OUT}"
+    )

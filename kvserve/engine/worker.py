@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker hook: one pool for all layers, and the batch for the row builder.
+
+Named to vLLM by ``--worker-cls``. A worker of this class serves a policy; any other
+worker in the same process is stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from kvserve.engine.backend import HeadPagedImpl, HeadPagedMetadataBuilder
+from kvserve.engine.settings import PolicySettings
+from kvserve.engine.spec import HeadPagedSpec
+from kvserve.engine.support import check_layers, model_shape_of
+from kvserve.plan import PagePlan, scratch_pages
+
+logger = init_logger("vllm.kvserve")
+
+_BACKEND = "kvserve.engine.backend.HeadPagedBackend"
+
+
+@contextmanager
+def _head_paged_backend() -> Iterator[None]:
+    """Let layers built inside resolve to our backend, and only those."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND)
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+class HeadPagedCPUWorker(CPUWorker):
+    """A CPU worker whose KV cache is a pool of head pages under a policy."""
+
+    _builder: HeadPagedMetadataBuilder
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with _head_paged_backend():
+            super().load_model(*args, **kwargs)
+        layers = self._attention_layers()
+        check_layers(self.vllm_config, layers)
+        first = next(iter(layers))
+        for name, layer in layers.items():
+            if name != first:
+                # Sharing is how layers bind to one tensor and one metadata object.
+                layer.kv_sharing_target_layer_name = first
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        stock = super().get_kv_cache_spec()
+        first, spec = next(iter(stock.items()))
+        settings = PolicySettings.from_config(self.vllm_config)
+        shape = model_shape_of(self.vllm_config)
+        policy = settings.create_policy()
+        plan = PagePlan.from_budgets(policy.budgets(shape), spec.block_size)
+        scheduler = self.vllm_config.scheduler_config
+        scratch = scratch_pages(
+            plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        )
+        layer = self._attention_layers()[first]
+        return {
+            first: HeadPagedSpec(
+                block_size=spec.block_size,
+                num_kv_heads=1,
+                head_size=layer.head_size,
+                dtype=layer.kv_cache_torch_dtype,
+                plan=plan,
+                num_scratch_pages=scratch,
+            )
+        }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        (group,) = self.model_runner.attn_groups[0]
+        self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
+        self._builder.attach(self.model_runner.input_batch)
+        for index, layer in enumerate(self._attention_layers().values()):
+            cast(HeadPagedImpl, layer.impl).bind(self._builder.device_ops, index)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        if new or resumed:
+            self._builder.tables.forget([*new, *resumed])
+        return super().execute_model(scheduler_output)
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        return get_layers_from_vllm_config(self.vllm_config, Attention)

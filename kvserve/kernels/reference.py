@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of ``triton_rows`` in plain PyTorch: slow, short, right on any device.
+
+Symbols: ``D`` head size, ``G`` query heads that share a KV head, ``W`` width of the
+page table. ``pool`` is ``[num_pages, 1, page_size, 2 * D]``; a token's K is
+``pool[p, 0, t, :D]`` and its V ``pool[p, 0, t, D:]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_rows(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Scatter the K and V of ``n`` (token, KV head) pairs into their slots.
+
+    Args:
+        key, value: ``[n, D]``.
+        pool: ``[num_pages, 1, page_size, 2 * D]``, written in place.
+        slots: ``[n]`` int64, ``page * page_size + offset``; a negative one is skipped.
+    """
+    wanted = slots >= 0
+    tokens = torch.cat([key, value], dim=-1)[wanted]
+    pool.view(-1, pool.shape[-1])[slots[wanted]] = tokens.to(pool.dtype)
+
+
+def row_attention(
+    query: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of every row's queries over its own pages.
+
+    Row ``r`` owns ``query[query_start[r] : query_start[r + 1]]``, the LAST tokens of
+    its sequence: of ``q_len`` queries, query ``i`` sees keys
+    ``j <= seq_lens[r] - q_len + i``. Softmax is float32 (float64 for float64 inputs).
+
+    Args:
+        query: ``[n, G, D]``.
+        pool: ``[num_pages, 1, page_size, 2 * D]``.
+        query_start: ``[rows + 1]`` int32.
+        seq_lens: ``[rows]`` int32.
+        page_table: ``[rows, W]`` int32; key ``j`` of row ``r`` is at offset
+            ``j % page_size`` of page ``page_table[r, j // page_size]``.
+
+    Returns:
+        ``[n, G, D]`` of query's type; zeros for a query that sees no key.
+    """
+    out = torch.zeros_like(query)
+    starts = query_start.tolist()
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        first, last = starts[row], starts[row + 1]
+        if last == first or seq_len == 0:
+            continue
+        keys, values = gather_row(pool, page_table[row], seq_len)
+        out[first:last] = _attend(query[first:last], keys, values, scale)
+    return out
+
+
+def gather_row(pool: Tensor, pages: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """K and V ``[seq_len, D]`` of the sequence in ``pages`` (``[W]``), in order."""
+    page_size = pool.shape[2]
+    used = pages[: -(-seq_len // page_size)].long()
+    tokens = pool[used].reshape(-1, pool.shape[-1])[:seq_len]
+    keys, values = tokens.chunk(2, dim=-1)
+    return keys, values
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """One row: ``query [q_len, G, D]`` over ``keys``, ``values [seq_len, D]``."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    q_len, seq_len = query.shape[0], keys.shape[0]
+    scores = scale * torch.einsum("qgd,kd->qgk", query.to(precise), keys.to(precise))
+    positions = torch.arange(seq_len, device=query.device)
+    last_seen = torch.arange(seq_len - q_len, seq_len, device=query.device)
+    hidden = positions[None, None, :] > last_seen[:, None, None]
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    weights = weights.masked_fill(hidden, 0.0)  # NaN where a query sees no key
+    return torch.einsum("qgk,kd->qgd", weights, values.to(precise)).to(query.dtype)
+
+
+def copy_pages(pool: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy page ``source[i]`` to page ``target[i]``: both ``[n]`` int64, disjoint."""
+    pool[target] = pool[source]

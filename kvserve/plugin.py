@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM entry points. They run in every vLLM process, and may run more than once."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Teach vLLM's scheduler about head pages; nothing changes until they are used."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from kvserve.engine.manager import HeadPagedManager
+    from kvserve.engine.spec import HeadPagedSpec
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(HeadPagedSpec, HeadPagedManager)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of head scores: our own profiles and the two formats others publish."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from kvserve.errors import UserError
+from policies.base import ModelShape
+
+PROFILE_FORMAT = "kvserve-retrieval/1"
+_SHIPPED = Path(__file__).parent / "profiles"
+
+Scores = list[list[float]]
+
+
+def shipped_profile(model: ModelShape) -> Path | None:
+    """Return the profile that ships for ``model``, matched by its base name."""
+    path = _SHIPPED / model.name / "retrieval.json"
+    return path if path.exists() else None
+
+
+def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
+    """Read one score per KV head, of shape ``[num_layers][num_kv_heads]``.
+
+    Accepts kvserve's own JSON, the one-line ``{"layer-head": [scores]}`` JSON of the
+    Retrieval Head authors (query heads; a KV head takes the maximum of its group,
+    policies.md 5.2) and DuoAttention's tab-separated gates (clipped to [0, 1]).
+
+    Raises:
+        UserError: no profile, an unreadable file, or one of another model.
+    """
+    path = Path(profile).expanduser() if profile else shipped_profile(model)
+    if path is None:
+        raise UserError(
+            f"--policy retrieval: no profile ships for {model.name}; run "
+            f"`kvserve profile retrieval MODEL` and pass "
+            f"`--policy-arg profile=FILE`, or choose `--policy full`"
+        )
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--policy-arg profile={path}: cannot be read ({error})"
+        ) from None
+    try:
+        scores = _parse(text, model, path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--policy-arg profile={path}: malformed ({error}); expected kvserve or "
+            "Retrieval_Head JSON, or DuoAttention TSV"
+        ) from None
+    _check(scores, model, path)
+    return scores
+
+
+def top_heads(scores: Scores, ratio: float) -> frozenset[tuple[int, int]]:
+    """Return the ``ratio`` best ``(layer, head)`` pairs over all layers jointly.
+
+    Equal scores go to the lower layer, then the lower head.
+    """
+    ranked = sorted(
+        (-score, layer, head)
+        for layer, row in enumerate(scores)
+        for head, score in enumerate(row)
+    )
+    count = round(ratio * len(ranked))
+    return frozenset((layer, head) for _, layer, head in ranked[:count])
+
+
+def _parse(text: str, model: ModelShape, path: Path) -> Scores:
+    if not text.lstrip().startswith("{"):
+        rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+        return [[min(1.0, max(0.0, float(gate))) for gate in row] for row in rows]
+    data = json.loads(text)
+    if "format" not in data:
+        return _from_query_heads(data, model, path)
+    if data["format"] != PROFILE_FORMAT:
+        raise ValueError(f"format {data['format']!r}, expected {PROFILE_FORMAT!r}")
+    return [[float(score) for score in row] for row in data["kv_head_scores"]]
+
+
+def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Scores:
+    scores = [[0.0] * model.num_kv_heads for _ in range(model.num_layers)]
+    pairs = [tuple(int(part) for part in key.split("-")) for key in data]
+    found = (
+        1 + max((layer for layer, _ in pairs), default=-1),
+        1 + max((head for _, head in pairs), default=-1),
+    )
+    if found != (model.num_layers, model.num_query_heads):
+        _refuse(path, model, f"{found[0]} layers x {found[1]} query heads")
+    for (layer, head), samples in zip(pairs, data.values(), strict=True):
+        mean = math.fsum(samples) / len(samples)
+        kv_head = head // model.group_size
+        scores[layer][kv_head] = max(scores[layer][kv_head], mean)
+    return scores
+
+
+def _check(scores: Scores, model: ModelShape, path: Path) -> None:
+    widths = {len(row) for row in scores}
+    if len(scores) != model.num_layers or widths != {model.num_kv_heads}:
+        width = "/".join(map(str, sorted(widths))) or "no"
+        _refuse(path, model, f"{len(scores)} layers x {width} KV heads")
+    if not all(math.isfinite(score) for row in scores for score in row):
+        raise UserError(
+            f"--policy-arg profile={path}: has scores that are not finite numbers"
+        )
+
+
+def _refuse(path: Path, model: ModelShape, found: str) -> None:
+    raise UserError(
+        f"--policy-arg profile={path}: is of another model: {found}, but {model.name} "
+        f"has {model.num_layers} layers, {model.num_query_heads} query heads and "
+        f"{model.num_kv_heads} KV heads"
+    )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval heads keep everything, all other heads sinks plus a recent window.
+
+Sources: the scores are those of Retrieval Head (arXiv 2404.15574, section 2), the
+split of heads into full and streaming ones is DuoAttention's (arXiv 2410.10819).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policies.base import (
+    FULL,
+    Capabilities,
+    HeadBudget,
+    ModelShape,
+    Policy,
+    parameter,
+)
+from policies.head_scores import load_head_scores, top_heads
+
+
+@dataclass(frozen=True)
+class Retrieval(Policy):
+    """The KV heads with the highest retrieval scores keep every token."""
+
+    name: ClassVar[str] = "retrieval"
+    paper: ClassVar[str] = (
+        "Retrieval Head, arXiv 2404.15574; DuoAttention, arXiv 2410.10819"
+    )
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        prefill="streaming",
+        position_only=True,
+        needs_profile=True,
+        cuda_graph_safe=True,
+    )
+
+    profile: str | None = parameter(
+        None,
+        "file of head scores: kvserve JSON, Retrieval_Head JSON or DuoAttention TSV; "
+        "without it, the profile that ships for the model",
+    )
+    full_ratio: float = parameter(
+        0.2, "share of KV heads that keep everything", minimum=0.0, maximum=1.0
+    )
+    sinks: int = parameter(
+        32, "first tokens that the other heads keep, in whole pages", minimum=1
+    )
+    recent: int = parameter(
+        224, "last tokens that the other heads keep, in whole pages", minimum=1
+    )
+
+    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
+        scores = load_head_scores(self.profile, model)
+        full = top_heads(scores, self.full_ratio)
+        window = HeadBudget(self.sinks, self.recent)
+        return tuple(
+            tuple(
+                FULL if (layer, head) in full else window
+                for head in range(model.num_kv_heads)
+            )
+            for layer in range(model.num_layers)
+        )
