@@ -24,7 +24,8 @@ a lane's slot never changes while the request lives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -123,7 +124,8 @@ class PagePlan:
         capacity = self.capacity.ravel()
         bounded = capacity[capacity < UNBOUNDED]
         opened = np.arange(int(bounded.max(initial=0)) + 1)
-        return np.minimum(capacity[None, :], opened[:, None]).sum(axis=1)
+        held: IntArray = np.minimum(capacity[None, :], opened[:, None]).sum(axis=1)
+        return held
 
     @cached_property
     def _num_full_lanes(self) -> int:
@@ -152,7 +154,8 @@ class PagePlan:
         offsets = self._bounded_offsets
         within = np.minimum(slot, len(offsets) - 1)
         start = offsets[within] + (slot - within) * self._num_full_lanes
-        return start + self._rank[:, :, None]
+        index: IntArray = start + self._rank[:, :, None]
+        return index
 
     def slot_of(self, block: IntArray) -> IntArray:
         """Slot of each block in each lane, shape ``[num_layers, num_kv_heads, n]``.
@@ -197,7 +200,24 @@ class PagePlan:
         """
         block = (tokens - 1) // self.page_size
         hidden = np.maximum(block + 1 - self.capacity[..., None], 0)
-        return tokens - hidden * self.page_size
+        visible: IntArray = tokens - hidden * self.page_size
+        return visible
+
+    def describe(self) -> str:
+        """Say in one line what the lanes keep, in tokens as rounded to pages."""
+        size, total = self.page_size, self.capacity.size
+        kinds = Counter(
+            lane
+            for layer in zip(self.sinks, self.windows, strict=True)
+            for lane in zip(*layer, strict=True)
+        )
+        parts = [
+            f"{count} keep {sinks * size} sinks + {window * size} recent tokens"
+            if window
+            else f"{count} keep everything"
+            for (sinks, window), count in sorted(kinds.items())
+        ]
+        return f"of {total} KV heads {'; '.join(parts)} (pages of {size} tokens)"
 
     def retained(self, layer: int, head: int, tokens: int) -> list[int]:
         """Positions that a lane holds after ``tokens`` tokens, ascending."""
@@ -210,6 +230,12 @@ class PagePlan:
             if position // self.page_size < sinks
             or position // self.page_size >= oldest
         ]
+
+
+def full_plan(plan: PagePlan) -> PagePlan:
+    """Return the plan of the same model that evicts nothing."""
+    nothing = ((0,) * plan.num_kv_heads,) * plan.num_layers
+    return replace(plan, sinks=nothing, windows=nothing)
 
 
 def scratch_pages(plan: PagePlan, max_tokens: int, max_requests: int) -> int:

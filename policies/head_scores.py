@@ -17,10 +17,13 @@ _SHIPPED = Path(__file__).parent / "profiles"
 Scores = list[list[float]]
 
 
-def shipped_profile(model: ModelShape) -> Path | None:
-    """Return the profile that ships for ``model``, matched by its base name."""
-    path = _SHIPPED / model.name / "retrieval.json"
-    return path if path.exists() else None
+def has_shipped_profile(model_name: str) -> bool:
+    """Tell whether a profile ships for the model of this base name."""
+    return _shipped_path(model_name).exists()
+
+
+def _shipped_path(model_name: str) -> Path:
+    return _SHIPPED / model_name / "retrieval.json"
 
 
 def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
@@ -33,8 +36,8 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
     Raises:
         UserError: no profile, an unreadable file, or one of another model.
     """
-    path = Path(profile).expanduser() if profile else shipped_profile(model)
-    if path is None:
+    path = Path(profile).expanduser() if profile else _shipped_path(model.name)
+    if not profile and not path.exists():
         raise UserError(
             f"--policy retrieval: no profile ships for {model.name}; run "
             f"`kvserve profile retrieval MODEL` and pass "

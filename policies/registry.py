@@ -102,4 +102,6 @@ def _parse_number(key: str, text: str, kind: type) -> Any:
     try:
         return _BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"--policy-arg {key}={text}: expected {kind.__name__}") from None
+        raise UserError(
+            f"--policy-arg {key}={text}: expected {kind.__name__}"
+        ) from None

@@ -12,6 +12,9 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from kvserve.engine.rows import RowShapes
 
+PAGE_SIZE = 32
+"""Tokens of a head page: the smallest that vLLM's CPU kernels take."""
+
 
 class Device(Protocol):
     """Writes head pages and attends to them, row by row.

@@ -9,8 +9,8 @@ from typing import Any
 import vllm
 
 from kvserve.engine.options import engine_options, prepare_environment
-from kvserve.engine.settings import PolicySettings
 from kvserve.engine.preflight import check_start
+from kvserve.engine.settings import PolicySettings
 from kvserve.models import resolve_model
 
 

@@ -47,15 +47,12 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        del new_computed_blocks, total_computed_tokens, num_local_computed_tokens
-        del num_tokens_main_model, apply_admission_cap, prefill_end
         held = len(self.req_to_blocks.get(request_id, ()))
         return max(self._plan.pages(num_tokens) - held, 0)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        del num_tokens_main_model
         held = self.req_to_blocks[request_id]
         missing = self._plan.pages(num_tokens) - len(held)
         if missing <= 0:
@@ -78,6 +75,4 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Report no hit: head pages are not shared between requests."""
-        del block_hashes, max_length, block_pool, kv_cache_spec, drop_eagle_block
-        del alignment_tokens, dcp_world_size, pcp_world_size
         return tuple([] for _ in kv_cache_group_ids), 0

@@ -15,11 +15,9 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
-
-PAGE_SIZE = 32
-"""Tokens of a head page: the smallest that vLLM's CPU kernels take."""
 
 _WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
 _STOCK = "or serve with stock vLLM: `--policy none`"

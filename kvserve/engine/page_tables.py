@@ -89,9 +89,7 @@ class PageTables:
         open_slot = plan.slot_of(np.array([blocks - 1]))
         self.open_page[:, row] = np.take_along_axis(by_slot, open_slot, 2)[..., 0]
 
-    def _order_row(
-        self, row: int, opened: IntArray, new: PageArray, last: int
-    ) -> None:
+    def _order_row(self, row: int, opened: IntArray, new: PageArray, last: int) -> None:
         """Append to full lanes, list bounded lanes anew: they are short."""
         plan, width = self._plan, self._bounded_width
         ordered = self.ordered[:, row]

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from pydantic import ValidationError
 from vllm import envs
 from vllm.config import VllmConfig
@@ -21,11 +23,12 @@ from kvserve.plan import PagePlan, scratch_pages
 from kvserve.units import format_bytes
 
 
-def check_start(options: Mapping[str, Any]) -> VllmConfig:
+def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfig:
     """Check that an engine with these options can serve its policy.
 
     Args:
         options: engine options that name a policy (``options.engine_options``).
+        announce: print what the policy keeps of this model.
 
     Returns:
         The configuration that vLLM makes of the options.
@@ -43,14 +46,29 @@ def check_start(options: Mapping[str, Any]) -> VllmConfig:
     except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
-    policy = PolicySettings.from_config(config).create_policy()
-    shape = model_shape_of(config)
-    plan = PagePlan.from_budgets(policy.budgets(shape), config.cache_config.block_size)
-    check_pool(config, plan, shape.head_size)
+    plan = plan_of(config)
+    if announce:
+        name = PolicySettings.from_config(config).policy
+        print(f"kvserve: policy {name}: {plan.describe()}", file=sys.stderr)
+    check_pool(config, plan)
     return config
 
 
-def check_pool(config: VllmConfig, plan: PagePlan, head_size: int) -> None:
+def plan_of(config: VllmConfig) -> PagePlan:
+    """Make the page plan of the policy that a configuration names."""
+    policy = PolicySettings.from_config(config).create_policy()
+    budgets = policy.budgets(model_shape_of(config))
+    return PagePlan.from_budgets(budgets, config.cache_config.block_size)
+
+
+def page_bytes_of(config: VllmConfig) -> int:
+    """Bytes of one head page: keys and values of one block of one head."""
+    model = config.model_config
+    values = 2 * model.get_head_size() * config.cache_config.block_size
+    return values * get_dtype_size(cast(torch.dtype, model.dtype))
+
+
+def check_pool(config: VllmConfig, plan: PagePlan) -> None:
     """Refuse a pool that cannot hold one request of the longest length.
 
     A pool that vLLM sizes itself is checked by the engine process.
@@ -61,14 +79,11 @@ def check_pool(config: VllmConfig, plan: PagePlan, head_size: int) -> None:
     if size is None:
         return
     scheduler, length = config.scheduler_config, config.model_config.max_model_len
-    page_bytes = 2 * head_size * plan.page_size * get_dtype_size(
-        config.model_config.dtype
-    )
     scratch = scratch_pages(
         plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
     )
     # One page more: vLLM's block 0 is never given out.
-    needed = (plan.pages(length) + scratch + 1) * page_bytes
+    needed = (plan.pages(length) + scratch + 1) * page_bytes_of(config)
     if size < needed:
         raise UserError(
             f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "

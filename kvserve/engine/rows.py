@@ -210,7 +210,8 @@ class _Chunks:
         heads = np.arange(self._plan.num_kv_heads)
         stride = int(self._scratch_index[-1]) + 1
         per_head = heads.reshape(-1, *[1] * index.ndim) * stride
-        return 1 + per_head + index
+        page: IntArray = 1 + per_head + index
+        return page
 
     def _own_pages(self, block: IntArray, chunk: IntArray) -> IntArray:
         """Page in the request's own list of ``block``, ``[layers, heads, *shape]``."""
@@ -251,6 +252,7 @@ class _Chunks:
         begin = self.block_lengths.cumsum() - self.block_lengths
         within = np.arange(len(token_block)) - begin[token_block]
         offset = self._offset[token_block] + within
+        slots: IntArray
         slots = self._pages[:, :, token_block] * self._plan.page_size + offset
         return slots.swapaxes(1, 2).reshape(self._plan.num_layers, -1)
 

@@ -38,5 +38,4 @@ class HeadPagedSpec(AttentionSpec):
         return (pages + self.num_scratch_pages) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        del vllm_config
         return self.plan.pages(max_len)

@@ -82,10 +82,8 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _unsupported(name, "built-in sliding-window")
         if layer.kv_sharing_target_layer_name is not None:
             raise _unsupported(name, "KV-sharing")
-        if layer.has_sink or getattr(layer.impl, "alibi_slopes", None) is not None:
-            raise _unsupported(name, "learned-sink or ALiBi")
-        if getattr(layer.impl, "logits_soft_cap", 0):
-            raise _unsupported(name, "soft-capped")
+        if getattr(layer.impl, "has_bias", False):
+            raise _unsupported(name, "learned-sink, ALiBi or soft-capped")
     shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
     if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
         raise _unsupported(name, "unequal")

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -20,13 +19,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from kvserve.engine.backend import HeadPagedImpl, HeadPagedMetadataBuilder
+from kvserve.engine.attention import HeadPagedAttention
+from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.engine.support import check_layers, model_shape_of
 from kvserve.plan import PagePlan, scratch_pages
-
-logger = init_logger("vllm.kvserve")
 
 _BACKEND = "kvserve.engine.backend.HeadPagedBackend"
 
@@ -88,7 +86,7 @@ class HeadPagedCPUWorker(CPUWorker):
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
         self._builder.attach(self.model_runner.input_batch)
         for index, layer in enumerate(self._attention_layers().values()):
-            cast(HeadPagedImpl, layer.impl).bind(self._builder.device_ops, index)
+            cast(HeadPagedAttention, layer.impl).bind(self._builder.kernels, index)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         new = [request.req_id for request in scheduler_output.scheduled_new_reqs]

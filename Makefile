@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands do everything: `make serve` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The CUDA build where an NVIDIA driver answers, the CPU build elsewhere.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+LOCK   := requirements/$(DEVICE).lock
+STAMP  := $(VENV)/.installed-$(DEVICE)
+
+SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-all test-unit lint format lock profile bench plan clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## Install into .venv, and convert the embedded model
+
+$(STAMP): $(LOCK) pyproject.toml scripts/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" DEVICE="$(DEVICE)" scripts/install.sh
+	touch $@
+
+serve: $(STAMP)  ## Serve the embedded model on http://127.0.0.1:8000
+	$(BIN)/kvserve serve $(SERVE_ARGS)
+
+test: $(STAMP)  ## Run the test suite
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-unit: $(STAMP)  ## Run the tests that need no model weights
+	$(BIN)/pytest tests/unit
+
+test-all: $(STAMP)  ## Run everything that this machine can run
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## Check style, types and import boundaries
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_boundaries.py
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+plan: $(STAMP)  ## Show what the default policy makes of a 512 MiB pool
+	$(BIN)/kvserve plan --kv-memory 512MiB
+
+profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
+	$(BIN)/kvserve profile retrieval
+
+bench: $(STAMP)  ## Measure speed and memory side by side with stock vLLM
+	$(BIN)/python benchmarks/serving.py
+
+lock: $(STAMP)  ## Resolve requirements/*.lock anew
+	for device in cpu gpu; do \
+	  $(BIN)/uv pip compile -q pyproject.toml --extra $$device --extra dev \
+	    --extra eval --extra model --python-version 3.11 --no-annotate --no-header \
+	    -o requirements/$$device.lock; done
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``kvserve`` command.
+
+Subcommands import what they need when they run: `kvserve policies` answers at once,
+only those that start an engine wait for vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+
+from kvserve.errors import UserError
+
+_USAGE = """usage: kvserve COMMAND [options]
+
+commands:
+  serve      serve a model over the OpenAI API under a cache policy
+  policies   list the cache policies, their parameters and what each needs
+  plan       show KV bytes a request and requests a pool, without loading weights
+  profile    measure a model's heads (kvserve profile retrieval MODEL)
+
+`kvserve COMMAND --help` shows examples.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; mistakes of the user end in one line and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in _COMMANDS:
+            known = ", ".join(_COMMANDS)
+            raise UserError(f"{name}: no such command; choose one of {known}")
+        return _COMMANDS[name](rest)
+    except UserError as error:
+        print(f"kvserve: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _serve(argv: list[str]) -> int:
+    from kvserve.engine.serve import serve
+
+    return serve(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    # A report of ten lines should not drown in vLLM's start-up log.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvserve.engine.capacity import plan
+
+    return plan(argv)
+
+
+def _profile(argv: list[str]) -> int:
+    from kvserve.profiling import retrieval
+
+    parser = argparse.ArgumentParser(prog="kvserve profile")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    retrieval.add_arguments(
+        kinds.add_parser(
+            "retrieval",
+            help="find the heads that retrieve",
+            description="Score every head by how often it copies from a needle.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    return retrieval.run(parser.parse_args(argv))
+
+
+def _policies(argv: list[str]) -> int:
+    from policies.registry import available_policies
+
+    argparse.ArgumentParser(
+        prog="kvserve policies", description="List the cache policies."
+    ).parse_args(argv)
+    for name, cls in available_policies().items():
+        alias = "" if name == cls.name else f" (alias of {cls.name})"
+        print(f"{name}{alias}")
+        if alias:
+            continue
+        print(f"  {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  source: {cls.paper}")
+        record = dataclasses.asdict(cls.capabilities)
+        facts = (f"{key}={value}" for key, value in record.items() if value)
+        print(f"  {', '.join(facts)}")
+        for field in dataclasses.fields(cls):
+            print(f"    {_parameter_line(field)}")
+    return 0
+
+
+def _parameter_line(field: dataclasses.Field[object]) -> str:
+    low, high = field.metadata["minimum"], field.metadata["maximum"]
+    limits = f" ({low} to {high})" if high is not None else f" (at least {low})"
+    default = "" if field.default is None else f" = {field.default}"
+    return (
+        f"{field.name}{default}{limits if low is not None else ''}: "
+        f"{field.metadata['description']}"
+    )
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "policies": _policies,
+    "plan": _plan,
+    "profile": _profile,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvserve plan``: what a policy makes of a pool, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm.config import VllmConfig
+
+from kvserve.engine.options import engine_options
+from kvserve.engine.preflight import check_start, page_bytes_of, plan_of
+from kvserve.engine.serve import add_policy_arguments, choose_policy
+from kvserve.errors import UserError
+from kvserve.models import resolve_model
+from kvserve.plan import full_plan, scratch_pages
+from kvserve.units import format_bytes, parse_bytes
+
+_EXAMPLES = """examples:
+  kvserve plan --policy retrieval --max-model-len 8192 --kv-memory 512MiB
+  kvserve plan MODEL --policy sink-recent --policy-arg recent=480 --kv-memory 8G
+
+No weights are loaded.
+"""
+
+
+def plan(argv: list[str]) -> int:
+    """Print how many requests a pool holds under a policy and under ``full``."""
+    parser = argparse.ArgumentParser(
+        prog="kvserve plan",
+        description="Show KV bytes a request and requests a pool, against the full "
+        "cache.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", help="model name or directory")
+    parser.add_argument("--max-model-len", type=int, help="longest request, in tokens")
+    parser.add_argument(
+        "--kv-memory", required=True, metavar="BYTES", help="pool size, e.g. 512MiB"
+    )
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=256, help="requests the server may run"
+    )
+    add_policy_arguments(parser)
+    args = parser.parse_args(argv)
+    memory = parse_bytes(args.kv_memory, "--kv-memory")
+    model = resolve_model(args.model)
+    settings = choose_policy(args.policy, args.policy_arg, model)
+    if settings is None:
+        raise UserError("--policy none: there is nothing to plan; try --policy full")
+    options = engine_options(
+        settings,
+        {
+            "model": model,
+            "max_model_len": args.max_model_len,
+            "max_num_seqs": args.max_num_seqs,
+            "kv_cache_memory_bytes": memory,
+            "enable_prefix_caching": False,
+        },
+    )
+    config = check_start(options, announce=True)
+    print(_report(config, memory, args.max_num_seqs))
+    return 0
+
+
+def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
+    ours = plan_of(config)
+    full = full_plan(ours)
+    scheduler = config.scheduler_config
+    page = page_bytes_of(config)
+    scratch = scratch_pages(
+        ours, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    )
+    pool, full_pool = memory // page - scratch - 1, memory // page - 1
+    lines = [
+        f"pool {format_bytes(memory)} of {format_bytes(page)} pages; "
+        f"{format_bytes(scratch * page)} of it is scratch for prefill",
+        "",
+        f"{'tokens':>8} {'KV a request':>14} {'full cache':>12} {'kept':>7} "
+        f"{'requests fit':>13} {'full fits':>10} {'gain':>6}",
+    ]
+    needless = []
+    for length in _lengths(config.model_config.max_model_len):
+        held, held_full = ours.pages(length), full.pages(length)
+        fits, fits_full = pool // held, full_pool // held_full
+        gain = fits / fits_full if fits_full else float("inf")
+        lines.append(
+            f"{length:>8} {format_bytes(held * page):>14} "
+            f"{format_bytes(held_full * page):>12} {held / held_full:>7.1%} "
+            f"{fits:>13} {fits_full:>10} {gain:>5.2f}x"
+        )
+        if fits_full >= max_requests:
+            needless.append(length)
+    if needless:
+        lines += [
+            "",
+            f"Up to {max(needless)} tokens compression cannot raise throughput: the "
+            f"full cache already holds all {max_requests} requests of --max-num-seqs.",
+        ]
+    return "\n".join(lines)
+
+
+def _lengths(longest: int) -> list[int]:
+    powers = [1 << n for n in range(9, longest.bit_length()) if 1 << n < longest]
+    return [*powers[-5:], longest]

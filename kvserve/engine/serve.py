@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvserve serve``: vLLM's OpenAI server under a cache policy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.cli_args import (
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from kvserve.engine.options import (
+    engine_options,
+    explicit_options,
+    prepare_environment,
+)
+from kvserve.engine.preflight import check_start
+from kvserve.engine.settings import PolicySettings
+from kvserve.errors import UserError
+from kvserve.models import EMBEDDED_MODEL, resolve_model
+from policies.head_scores import has_shipped_profile
+from policies.registry import create_policy, parse_arguments
+
+STOCK = "none"
+"""The policy name that leaves vLLM as it is."""
+
+_EXAMPLES = """examples:
+  kvserve serve                                  the embedded model, port 8000
+  kvserve serve --policy sink-recent --policy-arg recent=992
+  kvserve serve meta-llama/Llama-3.1-8B-Instruct --policy duo.toml
+  kvserve serve --policy none                    stock vLLM, to compare
+
+Every flag of `vllm serve` works; see --help=all.
+"""
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--policy`` and ``--policy-arg``."""
+    group = parser.add_argument_group("kvserve", "Per-head KV-cache policy")
+    group.add_argument(
+        "--policy",
+        default=None,
+        metavar="NAME|FILE.toml",
+        help="cache policy, a TOML file that sets one, or `none` for stock vLLM; "
+        "see `kvserve policies`. Default: `retrieval` where a profile ships for the "
+        "model, else `full`",
+    )
+    group.add_argument(
+        "--policy-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a parameter of the policy; may be given several times",
+    )
+
+
+def choose_policy(
+    policy: str | None, policy_args: list[str], model: str
+) -> PolicySettings | None:
+    """Settle the policy; ``None`` means stock vLLM."""
+    arguments = parse_arguments(policy_args)
+    if policy == STOCK:
+        if arguments:
+            raise UserError("--policy-arg: --policy none takes no arguments")
+        return None
+    if policy is None:
+        policy = "retrieval" if has_shipped_profile(Path(model).name) else "full"
+        if policy == "full":
+            print(
+                f"kvserve: no profile ships for {Path(model).name}: policy full, "
+                "which evicts nothing; to compress, run `kvserve profile retrieval "
+                "MODEL` and give --policy retrieval --policy-arg profile=FILE",
+                file=sys.stderr,
+            )
+    create_policy(policy, arguments)
+    return PolicySettings(policy, dict(arguments))
+
+
+def serve(argv: list[str]) -> int:
+    """Run the server until it is stopped."""
+    parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
+        prog="kvserve serve",
+        description="Serve a model over the OpenAI API with per-head KV budgets.",
+        epilog=_EXAMPLES,
+    )
+    add_policy_arguments(make_arg_parser(parser))
+    args = parser.parse_args(argv)
+    args.subparser = "serve"
+    _resolve_model(args)
+    prepare_environment()
+    settings = choose_policy(args.policy, args.policy_arg, args.model)
+    if settings is not None:
+        options = engine_options(settings, explicit_options(vars(args)))
+        check_start(options, announce=True)
+        for name, value in options.items():
+            setattr(args, name, value)
+    validate_parsed_serve_args(args)
+    ServeSubcommand.cmd(args)
+    return 0
+
+
+def _resolve_model(args: argparse.Namespace) -> None:
+    named = args.model_tag or (args.model if args.model != EngineArgs.model else None)
+    args.model = args.model_tag = resolve_model(named)
+    if named in (None, EMBEDDED_MODEL) and args.served_model_name is None:
+        args.served_model_name = [EMBEDDED_MODEL]

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Install kvserve and everything in its lock into a virtual environment.
+#   PYTHON=python3.12 VENV=.venv DEVICE=cpu|gpu scripts/install.sh
+set -euo pipefail
+
+PYTHON=${PYTHON:-python3} VENV=${VENV:-.venv} DEVICE=${DEVICE:-cpu}
+LOCK=requirements/$DEVICE.lock
+
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+  echo "kvserve needs Python 3.11 to 3.13; set PYTHON=python3.12, say" >&2
+  exit 2
+}
+command -v c++ g++ clang++ >/dev/null || {
+  echo "kvserve needs a C++ compiler (torch.compile): install g++" >&2
+  exit 2
+}
+
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+pip() { PIP_RETRIES=${PIP_RETRIES:-1} "$VENV/bin/python" -m pip "$@"; }
+pip install -q uv
+uv() { "$VENV/bin/uv" pip "$@" -p "$VENV/bin/python"; }
+
+if [ "$DEVICE" = cpu ]; then
+  # The CPU build of torch is on no ordinary index. pip may be configured to find it
+  # (uv does not read that configuration); otherwise uv knows PyTorch's own index.
+  torch=$(grep -E '^torch==' "$LOCK")
+  pip install -q --no-deps "$torch" 2>/dev/null ||
+    uv install -q --no-deps --torch-backend cpu "${torch%+cpu}"
+fi
+uv install --no-deps -r "$LOCK" -e .
+"$VENV/bin/python" -c 'from kvserve.models import embedded_model; embedded_model()'
