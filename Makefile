@@ -52,7 +52,7 @@ profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
 	$(BIN)/kvserve profile retrieval
 
 bench: $(STAMP)  ## Measure speed and memory side by side with stock vLLM
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/speed.py
 
 lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	for device in cpu gpu; do \

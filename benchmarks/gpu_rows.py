@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over head pages on a GPU, against dense attention and the copy bandwidth.
+
+One layer of the shape of Llama-3-8B (32 query heads, 8 KV heads of 128, bfloat16):
+decode with everything kept and with a fifth of the heads full, prefill of one chunk
+with full and with bounded heads. Prints a Markdown table.
+
+    python benchmarks/gpu_rows.py [--page-size 16] [--requests 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvserve.kernels import triton_rows
+
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
+QUERY_HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
+GROUP = QUERY_HEADS // KV_HEADS
+SCALE = HEAD_SIZE**-0.5
+FULL_SHARE = 0.2
+SINKS, RECENT, QUERY_BLOCK = 32, 480, 64
+COPY_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median, 20th and 80th percentile of the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        half = (self.high - self.low) / 2
+        return f"{self.median * 1e3:.1f} | ± {half / self.median:.1%}"
+
+
+def measure(run: Callable[[], object]) -> Timing:
+    """Time replays of a CUDA graph of ``run``: the GPU's time, without launching."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    # do_bench flushes the L2 cache before every repetition.
+    times = triton.testing.do_bench(
+        graph.replay, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8]
+    )
+    return Timing(*times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a millisecond of a device-to-device copy, reads and writes counted."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / measure(lambda: target.copy_(source)).median
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One call of ``row_attention``: lengths of the rows and their random pages."""
+
+    q_lens: Tensor
+    seq_lens: Tensor
+    page_size: int
+
+    @property
+    def kept_bytes(self) -> int:
+        return int(self.seq_lens.sum()) * 2 * HEAD_SIZE * DTYPE.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of both matrix products, over the (query, key) pairs that are visible."""
+        queries = self.q_lens.long()
+        pairs = queries * self.seq_lens - queries * (queries - 1) // 2
+        return int(pairs.sum()) * 4 * GROUP * HEAD_SIZE
+
+    def attention(self) -> Callable[[], object]:
+        pages = -(-self.seq_lens // self.page_size)
+        used = int(pages.sum())
+        shape = used, 1, self.page_size, 2 * HEAD_SIZE
+        pool = torch.randn(shape, dtype=DTYPE, device=DEVICE)
+        page_table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
+        order = torch.randperm(used, dtype=torch.int32)
+        for row, own in enumerate(order.split(pages.tolist())):
+            page_table[row, : len(own)] = own
+        query = torch.randn(
+            int(self.q_lens.sum()), GROUP, HEAD_SIZE, dtype=DTYPE, device=DEVICE
+        )
+        out = torch.empty_like(query)
+        query_start = torch.cat([torch.zeros(1), self.q_lens.cumsum(0)])
+        index = [query_start.int(), self.seq_lens.int(), page_table]
+        rows = [tensor.to(DEVICE) for tensor in index]
+        longest = int(self.q_lens.max())
+        return lambda: triton_rows.row_attention(
+            query, pool, *rows, SCALE, out, longest
+        )
+
+
+def decode_rows(requests: int, context: int, share: float, page_size: int) -> Rows:
+    """A token of every request; ``share`` of the (request, head) rows keep all."""
+    rows = requests * KV_HEADS
+    seq_lens = torch.full((rows,), min(context, SINKS + RECENT))
+    seq_lens[torch.randperm(rows)[: round(share * rows)]] = context
+    return Rows(torch.ones(rows, dtype=torch.int64), seq_lens, page_size)
+
+
+def prefill_rows(chunk: int, context: int, bounded: bool, page_size: int) -> Rows:
+    """The last ``chunk`` of ``context`` tokens of one request: its heads all full, or
+    all bounded, so that every block of queries is a row."""
+    if not bounded:
+        chunks = torch.full((KV_HEADS,), chunk)
+        return Rows(chunks, torch.full((KV_HEADS,), context), page_size)
+    ends = torch.arange(context - chunk, context, QUERY_BLOCK) + QUERY_BLOCK
+    seq_lens = ends.clamp(max=SINKS + RECENT + QUERY_BLOCK).repeat(KV_HEADS)
+    return Rows(torch.full_like(seq_lens, QUERY_BLOCK), seq_lens, page_size)
+
+
+def dense_attention(
+    requests: int, queries: int, context: int, fold: bool
+) -> Callable[[], object]:
+    """PyTorch's attention on contiguous K and V. ``fold`` lays the heads of a group
+    out as queries of one head: for decode it then reads K and V once, not G times."""
+    heads = (KV_HEADS, queries * GROUP) if fold else (QUERY_HEADS, queries)
+    query = torch.randn(requests, *heads, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+    shape = 2, requests, KV_HEADS, context, HEAD_SIZE
+    key, value = torch.randn(shape, dtype=DTYPE, device=DEVICE)
+    return lambda: scaled_dot_product_attention(
+        query, key, value, is_causal=queries > 1, scale=SCALE, enable_gqa=not fold
+    )
+
+
+def line(name: str, timing: Timing, baseline: float, achieved: str) -> str:
+    return f"| {name} | {timing} | {baseline / timing.median:.2f}x | {achieved} |"
+
+
+def decode_table(
+    requests: int, context: int, page_size: int, bandwidth: float
+) -> list[str]:
+    """Lines for one decode step: time, ratio to the better dense one, bandwidth."""
+    dense = {
+        name: measure(dense_attention(requests, 1, context, fold))
+        for name, fold in [("dense, grouped heads", False), ("dense, folded", True)]
+    }
+    baseline = min(timing.median for timing in dense.values())
+
+    def floor(timing: Timing, kept_bytes: int) -> str:
+        return f"{kept_bytes / bandwidth / timing.median:.0%} of copy bandwidth"
+
+    everything = decode_rows(requests, context, 1.0, page_size)
+    some = decode_rows(requests, context, FULL_SHARE, page_size)
+    title = f"decode {requests} x {context}: "
+    lines = [
+        line(title + name, timing, baseline, floor(timing, everything.kept_bytes))
+        for name, timing in dense.items()
+    ]
+    for name, rows in [("all kept", everything), (f"{FULL_SHARE:.0%} full", some)]:
+        timing = measure(rows.attention())
+        achieved = floor(timing, rows.kept_bytes)
+        lines.append(line(title + name, timing, baseline, achieved))
+    return lines
+
+
+def prefill_table(chunk: int, context: int, page_size: int) -> list[str]:
+    """Lines for one chunk: time, ratio to full heads, matrix rate."""
+
+    def rate(timing: Timing, flops: int) -> str:
+        return f"{flops / timing.median / 1e9:.0f} TFLOP/s"
+
+    full = prefill_rows(chunk, context, False, page_size)
+    bounded = prefill_rows(chunk, context, True, page_size)
+    title = f"prefill {chunk} of {context}: "
+    timings = {"full heads": (measure(full.attention()), full.flops)}
+    timings["bounded heads"] = measure(bounded.attention()), bounded.flops
+    if chunk == context:  # PyTorch's causal mask fits no later chunk
+        timing = measure(dense_attention(1, chunk, context, fold=False))
+        timings["dense"] = timing, full.flops
+    baseline = timings["dense" if "dense" in timings else "full heads"][0].median
+    return [
+        line(title + name, timing, baseline, rate(timing, flops))
+        for name, (timing, flops) in timings.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, page size {arguments.page_size}, ", end="")
+    print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s\n")
+    print("| case | median, µs | spread | speed-up over dense | achieved |")
+    print("|---|---|---|---|---|")
+    lines = []
+    for context in (8192, 32768):
+        lines += decode_table(
+            arguments.requests, context, arguments.page_size, bandwidth
+        )
+    lines += prefill_table(8192, 8192, arguments.page_size)
+    lines += prefill_table(8192, 32768, arguments.page_size)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
