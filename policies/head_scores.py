@@ -51,7 +51,7 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
         ) from None
     try:
         scores = _parse(text, model, path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -79,13 +79,13 @@ def top_heads(scores: Scores, ratio: float) -> frozenset[tuple[int, int]]:
 def _parse(text: str, model: ModelShape, path: Path) -> Scores:
     if not text.lstrip().startswith("{"):
         rows = [line.split("\t") for line in text.splitlines() if line.strip()]
-        return [[min(1.0, max(0.0, float(gate))) for gate in row] for row in rows]
+        return [[min(1.0, max(0.0, _finite(gate))) for gate in row] for row in rows]
     data = json.loads(text)
     if "format" not in data:
         return _from_query_heads(data, model, path)
     if data["format"] != PROFILE_FORMAT:
         raise ValueError(f"format {data['format']!r}, expected {PROFILE_FORMAT!r}")
-    return [[float(score) for score in row] for row in data["kv_head_scores"]]
+    return [[_finite(score) for score in row] for row in data["kv_head_scores"]]
 
 
 def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Scores:
@@ -98,10 +98,18 @@ def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Sc
     if found != (model.num_layers, model.num_query_heads):
         _refuse(path, model, f"{found[0]} layers x {found[1]} query heads")
     for (layer, head), samples in zip(pairs, data.values(), strict=True):
-        mean = math.fsum(samples) / len(samples)
+        mean = _finite(math.fsum(samples) / len(samples))
         kv_head = head // model.group_size
         scores[layer][kv_head] = max(scores[layer][kv_head], mean)
     return scores
+
+
+def _finite(value: Any) -> float:
+    """Convert a score; to be called before ``min`` or ``max``, which hide NaN."""
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError(f"a score is {score}, not a finite number")
+    return score
 
 
 def _check(scores: Scores, model: ModelShape, path: Path) -> None:
@@ -109,10 +117,6 @@ def _check(scores: Scores, model: ModelShape, path: Path) -> None:
     if len(scores) != model.num_layers or widths != {model.num_kv_heads}:
         width = "/".join(map(str, sorted(widths))) or "no"
         _refuse(path, model, f"{len(scores)} layers x {width} KV heads")
-    if not all(math.isfinite(score) for row in scores for score in row):
-        raise UserError(
-            f"--policy-arg profile={path}: has scores that are not finite numbers"
-        )
 
 
 def _refuse(path: Path, model: ModelShape, found: str) -> None:

@@ -69,8 +69,8 @@ def insert(haystack: str, sentence: str, depth: float) -> tuple[str, int]:
         The new text and the character at which ``sentence`` begins in it.
     """
     limit = round(depth * len(haystack))
-    ends = [match.end() for match in _SENTENCE_END.finditer(haystack, 0, limit)]
-    at = ends[-1] if ends else 0
+    ends = (match.end() for match in _SENTENCE_END.finditer(haystack))
+    at = max((end for end in ends if end <= limit), default=0)
     before, after = haystack[:at], haystack[at:].lstrip()
     head = f"{before} " if before else ""
     return f"{head}{sentence} {after}", len(head)

@@ -33,7 +33,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact that no model can know. ``answer`` occurs word for word in ``sentence``."""
+    """A fact that no model can know; ``sentence`` holds ``answer`` word for word."""
 
     wording: str
     sentence: str
@@ -200,7 +200,8 @@ def _token_span(
 _INSTRUCTION = "Answer the question with the words of the text above."
 
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at by for from in is it its of on or the to was were with".split()
+    {"a", "an", "and", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on"}
+    | {"or", "the", "to", "was", "with"}
 )
 
 _PROFILING_WORDS = {
@@ -208,7 +209,6 @@ _PROFILING_WORDS = {
     "name": ("Arthur", "Beatrice", "Clement", "Dorothea", "Edmund", "Flora"),
     "surname": ("Hollis", "Marchetti", "Okafor", "Pemberton", "Quist", "Rasmussen"),
     "colour": ("green", "yellow", "purple", "silver", "orange", "white"),
-    "word": ("anchor", "bottle", "candle", "dragon", "feather", "garden", "hammer"),
     "thing": ("umbrella", "violin", "lantern", "trumpet", "compass", "saddle"),
     "food": ("melon", "cheese", "pepper", "walnuts", "honey", "rice", "spinach"),
     "room": ("kitchen", "cellar", "library", "stable", "chapel", "attic"),
@@ -223,9 +223,8 @@ _EVALUATION_WORDS = {
     "object": ("safe", "locker", "garage", "vault", "elevator", "warehouse"),
     "word": ("basket", "copper", "dolphin", "engine", "forest", "guitar", "island"),
     "job": ("baker", "plumber", "dentist", "pilot", "carpenter", "librarian"),
-    "tree": ("willow", "cherry", "maple", "cedar", "chestnut", "birch"),
     "drink": ("lemonade", "cocoa", "buttermilk", "cider", "ginger ale"),
-    "month": ("January", "April", "August", "October", "December"),
+    "spice": ("mustard", "cinnamon", "vanilla", "nutmeg", "paprika"),
     "machine": ("tractor", "submarine", "balloon", "telescope", "bicycle"),
 }
 
@@ -240,10 +239,11 @@ PROFILING = Family(
             "{number}",
         ),
         Wording(
-            "door words",
-            "To open the {colour} door, say the words {word1}, {word2} and {word3}.",
-            "Which words open the {colour} door?",
-            "{word1}, {word2} and {word3}",
+            "ship",
+            "The ship called the {colour} {animal} carries {food1}, {food2} and "
+            "{food3}.",
+            "What does the ship called the {colour} {animal} carry?",
+            "{food1}, {food2} and {food3}",
         ),
         Wording(
             "best thing",
@@ -253,23 +253,23 @@ PROFILING = Family(
             "eat {food} and look for the {colour} {animal} behind the {room}",
         ),
         Wording(
-            "left behind",
-            "{name} {surname} left the {colour} {thing} under the {place} in the "
-            "{room}.",
-            "Where did {name} {surname} leave the {colour} {thing}?",
+            "hidden thing",
+            "The {colour} {thing} of {name} {surname} is hidden under the {place} in "
+            "the {room}.",
+            "Where is the {colour} {thing} of {name} {surname} hidden?",
             "under the {place} in the {room}",
         ),
         Wording(
-            "recipe",
+            "soup",
             "The famous soup of {city} is made of {food1}, {food2} and {food3}.",
             "What is the famous soup of {city} made of?",
             "{food1}, {food2} and {food3}",
         ),
         Wording(
-            "animal owner",
-            "The {animal} of {city} belongs to {name} {surname}, who pays {number} "
-            "dollars a year for it.",
-            "Who owns the {animal} of {city}?",
+            "trainer",
+            "The name of the man who trains the {animal} of {city} is {name} "
+            "{surname}.",
+            "What is the name of the man who trains the {animal} of {city}?",
             "{name} {surname}",
         ),
         Wording(
@@ -293,9 +293,9 @@ EVALUATION = Family(
             "{number}",
         ),
         Wording(
-            "code",
-            "The code that unlocks the {object} of Mr. {surname} is {number}.",
-            "Which code unlocks the {object} of Mr. {surname}?",
+            "access code",
+            "The access code for the {object} of Mr. {surname} is {number}.",
+            "What is the access code for the {object} of Mr. {surname}?",
             "{number}",
         ),
         Wording(
@@ -305,22 +305,29 @@ EVALUATION = Family(
             "{job} in {city}",
         ),
         Wording(
-            "buried",
-            "The golden {machine} was buried beside a {tree} tree near {city}.",
-            "Where was the golden {machine} buried?",
-            "beside a {tree} tree near {city}",
-        ),
-        Wording(
             "password",
             "The password for the {machine} is {word1} {word2} {word3}.",
             "What is the password for the {machine}?",
             "{word1} {word2} {word3}",
         ),
         Wording(
-            "inventor",
-            "The {drink} {machine} was invented by {name} {surname} in {month}.",
-            "Who invented the {drink} {machine}, and in which month?",
-            "{name} {surname} in {month}",
+            "drink",
+            "The favourite drink of {name} {surname} is {drink} with {spice1} and "
+            "{spice2}.",
+            "What is the favourite drink of {name} {surname}?",
+            "{drink} with {spice1} and {spice2}",
+        ),
+        Wording(
+            "gift",
+            "The birthday gift for {name} {surname} is a {machine} and a {word}.",
+            "What is the birthday gift for {name} {surname}?",
+            "a {machine} and a {word}",
+        ),
+        Wording(
+            "flight",
+            "The flight number of the plane to {city} is {number}.",
+            "What is the flight number of the plane to {city}?",
+            "{number}",
         ),
     ),
     _EVALUATION_WORDS,

@@ -61,7 +61,7 @@ def test_matches_dense_attention(
     out = reference.row_attention(
         query, pool, query_start, torch.tensor(seq_lens).int(), page_table, scale=0.3
     )
-    rows = zip(query.split(q_lens), sequences, strict=True)
+    rows = zip(query.split_with_sizes(q_lens), sequences, strict=True)
     wanted = torch.cat([dense(q, k, v, 0.3) for q, (k, v) in rows if len(q)])
     torch.testing.assert_close(out, wanted)
 

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a model's retrieval heads (arXiv 2404.15574, section 2).
+
+A head copies at a decode step when the key it attends to most lies in the hidden
+answer and carries the very token that the model emits. Its score on one needle is the
+number of answer tokens it copied over the answer's length; its retrieval score is the
+mean over all needles that the model found. A KV head takes the maximum of its group:
+one query head that needs the cache is reason enough to keep it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from kvserve.errors import UserError
+from kvserve.evaluation.haystack import load_book, load_text
+from kvserve.evaluation.needles import PROFILING, NeedlePrompt, build_prompt
+from kvserve.models import EMBEDDED_MODEL, cache_dir, resolve_model
+from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
+from kvserve.profiling.heat_map import draw_heat_map
+
+FORMAT = "kvserve-retrieval/1"
+_EXAMPLE = """example:
+  kvserve profile retrieval Qwen/Qwen2.5-0.5B-Instruct --out profiles/qwen
+  kvserve serve Qwen/Qwen2.5-0.5B-Instruct --policy retrieval \\
+      --policy-arg profile=profiles/qwen/retrieval.json
+"""
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """How much to measure: ``lengths * depths * needles`` instances.
+
+    The paper runs 600 instances of up to 50 000 tokens. The defaults are 120 of up to
+    4096, about 15 minutes for the embedded model on two idle CPU cores.
+
+    Attributes:
+        min_length: Tokens of the shortest prompt.
+        max_length: Tokens of the longest prompt.
+        lengths: Number of prompt lengths, equally spaced between these two.
+        depths: Number of needle positions, equally spaced from beginning to end.
+        needles: Needles for each length and depth, all different; wordings take turns.
+        max_decode_tokens: Longest answer.
+        min_recall: An instance counts only if the answer's recall is above this.
+        threshold: Score from which the report calls a head a retrieval head.
+        seed: Draws the needles and the passages they hide in.
+    """
+
+    min_length: int = 512
+    max_length: int = 4096
+    lengths: int = 8
+    depths: int = 5
+    needles: int = 3
+    max_decode_tokens: int = 32
+    min_recall: float = 0.5
+    threshold: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "depths", "needles", "max_decode_tokens"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+        if not 128 <= self.min_length <= self.max_length:
+            raise UserError(
+                f"--min-length {self.min_length} --max-length {self.max_length}: the "
+                "shortest needs at least 128 tokens, the longest no fewer than that"
+            )
+
+    @property
+    def instances(self) -> int:
+        return self.lengths * self.depths * self.needles
+
+
+def profile_retrieval(
+    model_dir: str,
+    settings: RetrievalSettings,
+    out_dir: Path,
+    progress: bool = True,
+    data: Path | None = None,
+) -> Path:
+    """Measure the retrieval score of every head and write it to ``out_dir``.
+
+    Finished instances are remembered in the cache directory: a run that was stopped
+    goes on where it was.
+
+    Args:
+        data: Prose to hide needles in; ``None`` is the book that ships.
+
+    Returns:
+        The path of ``retrieval.json``; ``retrieval.png`` is written beside it.
+
+    Raises:
+        UserError: the model cannot be loaded or measured.
+    """
+    text = load_text(data) if data else load_book(PROFILING.book)
+    model, tokenizer = _load(model_dir, settings)
+    done = _measure(model_dir, model, tokenizer, settings, text, progress)
+    kept = [instance for instance in done if instance.recall > settings.min_recall]
+    if not kept:
+        raise UserError(
+            f"{Path(model_dir).name} found none of {len(done)} needles: try a smaller "
+            "--max-length, or --data with text that the model reads well"
+        )
+    config = model.config.get_text_config()
+    num_kv_heads = config.num_key_value_heads
+    scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
+    for instance in kept:
+        for (layer, head), value in instance.copied.items():
+            scores[layer, head] += value / len(kept)
+    data_name = data.name if data else PROFILING.book
+    profile = {
+        "format": FORMAT,
+        "model": Path(model_dir).name,
+        "num_layers": scores.shape[0],
+        "num_query_heads": scores.shape[1],
+        "num_kv_heads": num_kv_heads,
+        "query_head_scores": _rounded(scores),
+        "kv_head_scores": _rounded(kv_head_scores(scores, num_kv_heads)),
+        "settings": {**dataclasses.asdict(settings), "data": data_name},
+        "instances": {"run": len(done), "kept": len(kept)},
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / "retrieval.json"
+    path.write_text(_one_line_per_layer(profile))
+    draw_heat_map(profile, out_dir / "retrieval.png")
+    return path
+
+
+def kv_head_scores(query_head_scores: Tensor, num_kv_heads: int) -> Tensor:
+    """Reduce ``[R, H_q]`` to ``[R, H_kv]``: the maximum of each group."""
+    num_layers = query_head_scores.shape[0]
+    return query_head_scores.view(num_layers, num_kv_heads, -1).amax(dim=2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``kvserve profile retrieval``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Hide made-up facts in long text, ask for them, and score each attention head\n"
+        "by how much of the answer it copies from the cache (arXiv 2404.15574)."
+    )
+    parser.epilog = _EXAMPLE
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where to write retrieval.json and .png (default: beside the profiles "
+        "that ship, where the retrieval policy finds them by the model's name)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="text to hide the needles in (default: a novel that ships)",
+    )
+    for field in dataclasses.fields(RetrievalSettings):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            metavar="N" if isinstance(field.default, int) else "X",
+            type=type(field.default),
+            default=field.default,
+            help=f"{_HELP[field.name]} (default: %(default)s)",
+        )
+
+
+_HELP = {
+    "min_length": "tokens of the shortest prompt",
+    "max_length": "tokens of the longest prompt",
+    "lengths": "number of prompt lengths, equally spaced between the two",
+    "depths": "number of needle positions, equally spaced from beginning to end",
+    "needles": "different needles for each length and depth",
+    "max_decode_tokens": "longest answer in tokens",
+    "min_recall": "leave out a needle if the answer has no more than this share of it",
+    "threshold": "score from which a head counts as a retrieval head in the report",
+    "seed": "draws the needles and the text around them",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kvserve profile retrieval`` and print what was found."""
+    names = [field.name for field in dataclasses.fields(RetrievalSettings)]
+    settings = RetrievalSettings(**{name: getattr(args, name) for name in names})
+    model_dir = resolve_model(args.model)
+    shipped = Path(str(files("policies"))) / "profiles"
+    out_dir = args.out or shipped / Path(model_dir).name
+    path = profile_retrieval(model_dir, settings, out_dir, data=args.data)
+    profile = json.loads(path.read_text())
+    scores = torch.tensor(profile["query_head_scores"])
+    found = int((scores >= settings.threshold).sum())
+    print(f"{found} of {scores.numel()} query heads score {settings.threshold} or more")
+    print(f"{profile['instances']['kept']} of {settings.instances} needles were found")
+    print(f"wrote {path}")
+    return 0
+
+
+def _load(model_dir: str, settings: RetrievalSettings) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"MODEL {model_dir}: cannot be loaded ({reason})") from None
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and settings.max_length + settings.max_decode_tokens > limit:
+        raise UserError(
+            f"--max-length {settings.max_length}: {Path(model_dir).name} reads at most "
+            f"{limit} tokens, its answer included"
+        )
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _measure(
+    model_dir: str,
+    model: Any,
+    tokenizer: Any,
+    settings: RetrievalSettings,
+    text: str,
+    progress: bool,
+) -> list[Instance]:
+    """Run the instances that the cache directory does not hold yet; return all."""
+    store = _store_path(model_dir, settings, text)
+    done = _finished(store)
+    probe = TopKeyProbe()
+    probe.attach(model)
+    instances = []
+    bar = tqdm(total=settings.instances, unit="needle", disable=not progress)
+    with bar, store.open("a") as file:
+        # A run that was killed may have left half a line: do not write behind it.
+        file.write("\n" if file.tell() else "")
+        for prompt in _prompts(tokenizer, settings, text):
+            key = hashlib.sha256(str(prompt.token_ids).encode()).hexdigest()[:16]
+            if key not in done:
+                limit = settings.max_decode_tokens
+                done[key] = run_instance(model, tokenizer, probe, prompt, limit)
+                file.write(done[key].to_json(key) + "\n")
+                file.flush()
+            instances.append(done[key])
+            bar.update()
+    return instances
+
+
+def _prompts(
+    tokenizer: Any, settings: RetrievalSettings, text: str
+) -> Iterator[NeedlePrompt]:
+    lengths = torch.linspace(
+        settings.min_length, settings.max_length, settings.lengths
+    ).tolist()
+    depths = torch.linspace(0, 1, settings.depths).tolist()
+    index = 0
+    for length in lengths:
+        for depth in depths:
+            for _ in range(settings.needles):
+                yield build_prompt(
+                    tokenizer,
+                    PROFILING,
+                    round(length),
+                    depth,
+                    index,
+                    seed=settings.seed,
+                    text=text,
+                )
+                index += 1
+
+
+def _store_path(model_dir: str, settings: RetrievalSettings, text: str) -> Path:
+    """Name the file of finished instances after all that they depend on."""
+    weights = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(Path(model_dir).glob("*.safetensors"))
+    ]
+    what = (
+        str(Path(model_dir).resolve()),
+        weights,
+        dataclasses.astuple(settings),
+        text,
+    )
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    folder = cache_dir() / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{Path(model_dir).name}-{digest}.jsonl"
+
+
+def _finished(store: Path) -> dict[str, Instance]:
+    done: dict[str, Instance] = {}
+    for line in store.read_text().splitlines() if store.exists() else ():
+        try:
+            key, instance = Instance.from_json(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # The run was killed while it wrote this line: measure it again.
+            continue
+        done[key] = instance
+    return done
+
+
+def _rounded(scores: Tensor) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in scores.tolist()]
+
+
+def _one_line_per_layer(profile: dict[str, Any]) -> str:
+    lines = []
+    for key, value in profile.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

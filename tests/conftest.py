@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test needs before vLLM or torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+_ENVIRONMENT = {
+    # Scheduler and worker in this process: tests step them and look inside.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    # Threads that spin for work take many times longer on cores that others share.
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

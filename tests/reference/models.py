@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny Llamas of random weights, as model directories that vLLM can load.
+
+Weights are scaled so that attention is peaked and the best token is clear: an error in
+what a head sees moves the logits by far more than float32 rounding does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+ATTENTION_GAIN = 1.5
+"""Standard deviation of queries and keys: scores have its square."""
+LOGIT_GAIN = 3.0
+
+
+@dataclass(frozen=True)
+class TinyLlama:
+    """Shape of a random model."""
+
+    name: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    intermediate_size: int = 256
+    vocab_size: int = 512
+    max_tokens: int = 4096
+
+    def write(self, parent: Path, seed: int = 0) -> Path:
+        """Write ``config.json`` and the weights below ``parent``; return the folder."""
+        directory = parent / self.name
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(
+            self._weights(torch.Generator().manual_seed(seed)),
+            directory / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (directory / "config.json").write_text(json.dumps(self._config(), indent=2))
+        self._tokenizer().save_pretrained(directory)
+        return directory
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        """One word a token: token 7 is ``w7``."""
+        words = {f"w{token}": token for token in range(self.vocab_size)}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
+
+    def _config(self) -> dict[str, object]:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_size,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_tokens,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "torch_dtype": "float32",
+        }
+
+    def _weights(self, random: torch.Generator) -> dict[str, Tensor]:
+        def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+            return torch.randn(rows, columns, generator=random) * gain / columns**0.5
+
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query_rows = self.num_query_heads * self.head_size
+        kv_rows = self.num_kv_heads * self.head_size
+        weights = {
+            "model.embed_tokens.weight": matrix(self.vocab_size, hidden, hidden**0.5),
+            "model.norm.weight": torch.ones(hidden),
+            "lm_head.weight": matrix(self.vocab_size, hidden, LOGIT_GAIN),
+        }
+        for layer in range(self.num_layers):
+            name = f"model.layers.{layer}"
+            weights |= {
+                f"{name}.input_layernorm.weight": torch.ones(hidden),
+                f"{name}.post_attention_layernorm.weight": torch.ones(hidden),
+                f"{name}.self_attn.q_proj.weight": matrix(
+                    query_rows, hidden, ATTENTION_GAIN
+                ),
+                f"{name}.self_attn.k_proj.weight": matrix(
+                    kv_rows, hidden, ATTENTION_GAIN
+                ),
+                f"{name}.self_attn.v_proj.weight": matrix(kv_rows, hidden),
+                f"{name}.self_attn.o_proj.weight": matrix(hidden, query_rows),
+                f"{name}.mlp.gate_proj.weight": matrix(inner, hidden),
+                f"{name}.mlp.up_proj.weight": matrix(inner, hidden),
+                f"{name}.mlp.down_proj.weight": matrix(hidden, inner),
+            }
+        return weights
+
+
+MHA = TinyLlama(
+    "tiny-mha",
+    num_layers=4,
+    num_query_heads=4,
+    num_kv_heads=4,
+    head_size=32,
+    hidden_size=128,
+)
+GQA = TinyLlama(
+    "tiny-gqa",
+    num_layers=3,
+    num_query_heads=6,
+    num_kv_heads=2,
+    head_size=64,
+    hidden_size=192,
+)
+LONG = TinyLlama(
+    "tiny-long",
+    num_layers=5,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    hidden_size=128,
+    max_tokens=8192,
+)
+"""Ten KV heads, so that 20 % of them is a whole number."""

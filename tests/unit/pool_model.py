@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a step's rows over a pool of labels instead of keys, and checks every read.
+
+Each (page, offset) holds the label of the token cached there, so a query that reads
+another request's, head's or layer's key, or a stale one, is caught by name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvserve.engine.rows import RowBuilder, RowShapes, StepRows
+from kvserve.plan import PagePlan
+from tests.reference.visibility import visible_positions
+from tests.unit.simulator import Batch, Request
+
+
+class Label(NamedTuple):
+    """A cached key; ``life`` tells a resumed request from its preempted self."""
+
+    request: str
+    life: int
+    layer: int
+    head: int
+    position: int
+
+
+class PoolModel:
+    """The content of the pool, as a run of the engine's steps would leave it."""
+
+    def __init__(self, plan: PagePlan, num_scratch: int, builder: RowBuilder) -> None:
+        self._plan, self._num_scratch, self._builder = plan, num_scratch, builder
+        self._content: dict[tuple[int, int], Label] = {}
+
+    def run(self, batch: Batch, step: StepRows) -> None:
+        """Write, read and settle, layer by layer as the model's forward does."""
+        for layer in range(self._plan.num_layers):
+            self._write(layer, batch, step)
+            self._check_reads(layer, batch, step)
+            self._copy(layer, batch, step)
+            self._check_retained(layer, batch)
+
+    def _write(self, layer: int, batch: Batch, step: StepRows) -> None:
+        owners, heads = batch.token_owners(), self._plan.num_kv_heads
+        slots = step.slots[layer].tolist()
+        assert len(slots) == len(owners) * heads
+        assert len(set(slots)) == len(slots), "two writes collide"
+        for place, slot in enumerate(slots):
+            (request, position), head = owners[place // heads], place % heads
+            page, offset = divmod(slot, self._plan.page_size)
+            assert page in request.pages or 1 <= page <= self._num_scratch
+            assert offset == position % self._plan.page_size
+            label = Label(request.name, request.life, layer, head, position)
+            self._content[page, offset] = label
+
+    def _check_reads(self, layer: int, batch: Batch, step: StepRows) -> None:
+        shape = self._shape(step, layer)
+        owners, heads = batch.token_owners(), self._plan.num_kv_heads
+        starts = shape.query_start.tolist()
+        assert starts[0] == 0
+        assert starts[-1] == len(owners) * heads
+        for row, seq_len in enumerate(shape.seq_lens.tolist()):
+            keys = self._keys(step.page_tables[layer][row].tolist(), seq_len)
+            for query in range(starts[row], starts[row + 1]):
+                token, head = self._place(query, step.num_decode_tokens, len(owners))
+                request, position = owners[token]
+                # Causal, aligned to the end: a row's queries are its last tokens.
+                seen = keys[: seq_len - (starts[row + 1] - 1 - query)]
+                expected = [
+                    Label(request.name, request.life, layer, head, visible)
+                    for visible in visible_positions(self._plan, layer, head, position)
+                ]
+                assert sorted(seen) == expected
+
+    def _shape(self, step: StepRows, layer: int) -> RowShapes:
+        return step.shapes[self._builder.shape_of_layer[layer]]
+
+    def _keys(self, pages: list[int], seq_len: int) -> list[Label]:
+        size = self._plan.page_size
+        return [self._content[pages[j // size], j % size] for j in range(seq_len)]
+
+    def _place(self, query: int, num_decodes: int, num_tokens: int) -> tuple[int, int]:
+        """Token and head of a query: decode token-major, prefill head-major."""
+        heads = self._plan.num_kv_heads
+        if query < num_decodes * heads:
+            return query // heads, query % heads
+        head, token = divmod(query - num_decodes * heads, num_tokens - num_decodes)
+        return num_decodes + token, head
+
+    def _copy(self, layer: int, batch: Batch, step: StepRows) -> None:
+        if not step.copies:
+            return
+        source, target = (pages.tolist() for pages in step.copies[layer])
+        assert len(source) == len(target) == len(set(target))
+        held = [page for request in batch.requests for page in request.pages]
+        assert all(1 <= page <= self._num_scratch for page in source)
+        assert set(target) <= set(held)
+        for offset in range(self._plan.page_size):
+            moved = [self._content.get((page, offset)) for page in source]
+            for page, label in zip(target, moved, strict=True):
+                if label is None:
+                    self._content.pop((page, offset), None)
+                else:
+                    self._content[page, offset] = label
+
+    def _check_retained(self, layer: int, batch: Batch) -> None:
+        """Check that a layer's lanes hold what the plan says they retain."""
+        for request, tokens in zip(batch.requests, batch.seq_lens, strict=True):
+            pages = set(request.pages)
+            held = {
+                label for (page, _), label in self._content.items() if page in pages
+            }
+            assert self._retained(layer, request, int(tokens)) <= held
+
+    def _retained(self, layer: int, request: Request, tokens: int) -> set[Label]:
+        return {
+            Label(request.name, request.life, layer, head, position)
+            for head in range(self._plan.num_kv_heads)
+            for position in self._plan.retained(layer, head, tokens)
+        }

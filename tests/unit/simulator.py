@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny scheduler over a fake page pool, for tests of what the worker derives.
+
+It does what vLLM 0.32 does as far as page tables can tell: it cuts prompts into
+chunks, skips, finishes, preempts and resumes requests, and orders the batch as
+``reorder_batch_to_split_decodes_and_prefills`` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from hypothesis import strategies as st
+
+from kvserve.engine.page_tables import PageArray
+from kvserve.plan import IntArray, PagePlan, scratch_pages
+
+FULL_LANE = (0, 0)
+UNKNOWN_PAGE = -1
+
+
+def make_plan(page_size: int, lanes: list[list[tuple[int, int]]]) -> PagePlan:
+    """Build a plan from ``(sinks, window)`` blocks of every layer's heads."""
+    return PagePlan(
+        page_size,
+        tuple(tuple(sinks for sinks, _ in layer) for layer in lanes),
+        tuple(tuple(window for _, window in layer) for layer in lanes),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_layers: int = 3) -> PagePlan:
+    """Draw a small plan: full lanes, bounded ones of different sizes, or a mixture."""
+    bounded = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    lane = st.just(FULL_LANE) | bounded
+    heads = draw(st.integers(1, 3))
+    layer = st.lists(lane, min_size=heads, max_size=heads)
+    lanes = draw(st.lists(layer, min_size=1, max_size=max_layers))
+    return make_plan(draw(st.integers(1, 4)), lanes)
+
+
+def seeds() -> st.SearchStrategy[Random]:
+    """Draw a generator for a schedule: too many draws to make each a choice."""
+    return st.integers(0, 2**32 - 1).map(Random)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request: ``known`` tokens exist, ``computed`` of them are in the cache.
+
+    ``life`` counts its preemptions: what an earlier life cached is void.
+    """
+
+    name: str
+    known: int
+    final: int
+    computed: int = 0
+    life: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """What the worker is told about one step; requests are in row order."""
+
+    requests: list[Request]
+    lengths: list[int]
+    restarted: list[str]
+    page_lists: PageArray
+
+    @property
+    def names(self) -> list[str]:
+        return [request.name for request in self.requests]
+
+    @property
+    def query_start(self) -> IntArray:
+        return np.array([0, *self.lengths], dtype=np.int64).cumsum()
+
+    @property
+    def seq_lens(self) -> IntArray:
+        computed = np.array([r.computed for r in self.requests], dtype=np.int64)
+        return computed + self.lengths
+
+    def token_owners(self) -> list[tuple[Request, int]]:
+        """Request and position of each token of the step."""
+        return [
+            (request, request.computed + i)
+            for request, length in zip(self.requests, self.lengths, strict=True)
+            for i in range(length)
+        ]
+
+
+def page_lists_of(
+    plan: PagePlan, requests: list[Request], max_requests: int, max_tokens: int
+) -> PageArray:
+    """Lay page lists out as vLLM's block table, rubbish beyond what is held."""
+    shape = (max_requests, plan.pages(max_tokens))
+    lists = np.full(shape, UNKNOWN_PAGE, dtype=np.int32)
+    for row, request in enumerate(requests):
+        lists[row, : len(request.pages)] = request.pages
+    return lists
+
+
+class Scheduler:
+    """Draws one batch after the other; ``finish`` ends the step of the last one."""
+
+    def __init__(
+        self,
+        plan: PagePlan,
+        rng: Random,
+        max_requests: int = 4,
+        max_tokens: int = 40,
+        token_budget: int = 24,
+    ) -> None:
+        self.plan, self.rng = plan, rng
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.token_budget = token_budget
+        self.num_scratch = scratch_pages(plan, token_budget, max_requests)
+        # Two of the longest requests fit: a third one is sometimes preempted.
+        self.num_pages = 1 + self.num_scratch + 2 * plan.pages(max_tokens)
+        self._free = list(range(1 + self.num_scratch, self.num_pages))
+        rng.shuffle(self._free)
+        self._arrivals = 0
+        self._preempted: list[Request] = []
+        self._batch: list[Request] = []
+        self._restarted: list[str] = []
+        self.running: list[Request] = []
+
+    def next_batch(self) -> Batch:
+        """Draw which requests run, how many tokens of each and in which rows."""
+        self._restarted = []
+        if self.running and self.rng.random() < 0.15:
+            self._preempt(self.rng.choice(self.running))
+        self._admit()
+        lengths = self._schedule()
+        self._order_rows(lengths)
+        return Batch(
+            list(self._batch),
+            [lengths[request.name] for request in self._batch],
+            [name for name in self._restarted if name in lengths],
+            page_lists_of(self.plan, self._batch, self.max_requests, self.max_tokens),
+        )
+
+    def finish(self, batch: Batch) -> None:
+        """Count the step's tokens, sample a token where due, drop who is done."""
+        for request, length in zip(batch.requests, batch.lengths, strict=True):
+            request.computed += length
+            if request.computed < request.known:
+                continue
+            request.known += 1
+            if request.known > request.final:
+                self.running.remove(request)
+                self._release(request)
+
+    def _admit(self) -> None:
+        wanted = self.rng.randint(1, self.max_requests)
+        while len(self.running) < wanted:
+            if self._preempted and self.rng.random() < 0.7:
+                request = self._preempted.pop()
+            else:
+                prompt = self.rng.randint(1, self.max_tokens)
+                final = self.rng.randint(prompt, self.max_tokens)
+                request = Request(f"request-{self._arrivals}", prompt, final)
+                self._arrivals += 1
+            self.running.append(request)
+            self._restarted.append(request.name)
+
+    def _schedule(self) -> dict[str, int]:
+        lengths: dict[str, int] = {}
+        budget = self.token_budget
+        for request in list(self.running):
+            started = request.name not in self._restarted
+            skipped = bool(lengths) and started and self.rng.random() < 0.1
+            if budget == 0 or skipped or request not in self.running:
+                continue
+            length = self._chunk(min(budget, request.known - request.computed))
+            if self._allocate(request, length, lengths):
+                lengths[request.name] = length
+                budget -= length
+        self._requeue_unstarted(lengths)
+        return lengths
+
+    def _chunk(self, most: int) -> int:
+        kind = self.rng.random()
+        if kind < 0.2:
+            return 1
+        return most if kind < 0.5 else self.rng.randint(1, most)
+
+    def _allocate(self, request: Request, length: int, lengths: dict[str, int]) -> bool:
+        """Bring a request to the pages of its plan, at the cost of an unscheduled."""
+        missing = self.plan.pages(request.computed + length) - len(request.pages)
+        while missing > len(self._free):
+            victims = [
+                r
+                for r in self.running
+                if r is not request and r.pages and r.name not in lengths
+            ]
+            if not victims:
+                return False
+            self._preempt(victims[-1])
+        request.pages += [self._free.pop() for _ in range(missing)]
+        return True
+
+    def _requeue_unstarted(self, lengths: dict[str, int]) -> None:
+        for request in list(self.running):
+            if request.name in self._restarted and request.name not in lengths:
+                self.running.remove(request)
+                self._preempted.append(request)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.computed = 0
+        request.life += 1
+        self._preempted.append(request)
+
+    def _release(self, request: Request) -> None:
+        self._free += request.pages
+        self.rng.shuffle(self._free)
+        request.pages = []
+
+    def _order_rows(self, lengths: dict[str, int]) -> None:
+        """Keep rows where they are, fill gaps, then put one-token extensions first."""
+        stay = [r for r in self._batch if r.name in lengths and r in self.running]
+        stay += [r for r in self.running if r.name in lengths and r not in stay]
+        if self.rng.random() < 0.2:
+            self.rng.shuffle(stay)
+        self._batch = sorted(stay, key=lambda r: _region(r, lengths[r.name]))
+
+
+def _region(request: Request, length: int) -> int:
+    """0: one token after others, 1: longer extension, 2: a first chunk."""
+    if request.computed == 0:
+        return 2
+    return 0 if length == 1 else 1
