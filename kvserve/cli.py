@@ -59,11 +59,11 @@ def _plan(argv: list[str]) -> int:
 
 
 def _profile(argv: list[str]) -> int:
-    from kvserve.profiling import retrieval
+    from kvserve.profiling.retrieval import add_arguments, run
 
     parser = argparse.ArgumentParser(prog="kvserve profile")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    retrieval.add_arguments(
+    add_arguments(
         kinds.add_parser(
             "retrieval",
             help="find the heads that retrieve",
@@ -71,7 +71,7 @@ def _profile(argv: list[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
-    return retrieval.run(parser.parse_args(argv))
+    return run(parser.parse_args(argv))
 
 
 def _policies(argv: list[str]) -> int:

@@ -218,7 +218,7 @@ class _Chunks:
         layers = np.arange(self._plan.num_layers)[:, None, None]
         heads = np.arange(self._plan.num_kv_heads)[None, :, None]
         slot = self._plan.slot_of(block)
-        pages = self._by_slot[layers, self.first_row + chunk, heads, slot]
+        pages: PageArray = self._by_slot[layers, self.first_row + chunk, heads, slot]
         return pages.astype(np.int64)
 
     def _written_pages(self) -> IntArray:

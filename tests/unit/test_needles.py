@@ -23,7 +23,7 @@ from kvserve.evaluation.needles import (
 from tests.unit.byte_tokenizer import byte_tokenizer
 
 FAMILIES = pytest.mark.parametrize(
-    "family", (PROFILING, EVALUATION), ids=lambda family: family.name
+    "family", [PROFILING, EVALUATION], ids=lambda family: family.name
 )
 
 
@@ -74,8 +74,8 @@ def test_every_slot_list_of_a_family_is_used(family: Family) -> None:
 
 
 @FAMILIES
-@pytest.mark.parametrize("num_tokens", (600, 1400))
-@pytest.mark.parametrize("depth", (0.0, 0.37, 1.0))
+@pytest.mark.parametrize("num_tokens", [600, 1400])
+@pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_a_prompt_has_the_length_asked_for_and_ends_with_the_question(
     tokenizer: Any, family: Family, num_tokens: int, depth: float
 ) -> None:
@@ -189,13 +189,13 @@ def test_an_insertion_is_at_a_sentence_end_at_or_before_the_depth(depth: float) 
     assert result.replace("NEEDLE. ", "") == text
 
 
-@pytest.mark.parametrize("content", (b"too short.", b"x" * 5000, b"\xff\xfe" * 3000))
+@pytest.mark.parametrize("content", [b"too short.", b"x" * 5000, b"\xff\xfe" * 3000])
 def test_unusable_text_is_refused_with_the_flag_named(
     tmp_path: Path, content: bytes
 ) -> None:
     path = tmp_path / "text"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="--data .*text"):
+    with pytest.raises(UserError, match=r"--data .*text"):
         load_text(path)
 
 

@@ -111,7 +111,7 @@ def measure(model: LlamaForCausalLM, prompt: NeedlePrompt, steps: int) -> Instan
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("span", ((0, 40), (7, 30)))
+@pytest.mark.parametrize("span", [(0, 40), (7, 30)])
 def test_scores_equal_those_of_explicit_attention_maps(
     seed: int, span: tuple[int, int]
 ) -> None:
@@ -174,7 +174,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NeedlePrompt]]:
         return run_instance(model, tokenizer, probe, prompt, n)
 
     monkeypatch.setattr(retrieval, "run_instance", counting)
-    yield made
+    return made
 
 
 def profile(model_dir: str, out: Path, settings: RetrievalSettings = SMALL) -> Any:
