@@ -59,11 +59,10 @@ def prefill_seconds(llm: Any, prompt: int, seed: int) -> float:
     return time.perf_counter() - start
 
 
-def decode_seconds(
-    llm: Any, requests: int, prompt: int, steps: int, seed: int
-) -> float:
+def decode_seconds(llm: Any, args: argparse.Namespace, seed: int) -> float:
     """Median time of a decode step with all requests running."""
-    add_requests(llm, requests, prompt, steps + 8, seed)
+    requests = args.decode_requests
+    add_requests(llm, requests, args.decode_tokens, args.decode_steps, seed)
     times = []
     while llm.llm_engine.has_unfinished_requests():
         start = time.perf_counter()

@@ -45,6 +45,24 @@ def blocks_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+def _lane_blocks(
+    head: HeadBudget, page_size: int, max_tokens: int | None
+) -> tuple[int, int]:
+    """Sinks and window of one lane, in blocks; ``(0, 0)`` for a full lane."""
+    if head.recent is None:
+        return 0, 0
+    if min(head.sinks, head.recent) < 1:
+        raise UserError(
+            "--policy: a bounded head keeps at least one sink page and one recent "
+            f"page, not {head.sinks} + {head.recent} tokens"
+        )
+    sinks = blocks_of(head.sinks, page_size)
+    window = blocks_of(head.recent, page_size)
+    if max_tokens is not None and sinks + window >= blocks_of(max_tokens, page_size):
+        return 0, 0
+    return sinks, window
+
+
 @dataclass(frozen=True)
 class PagePlan:
     """Sinks and window of every lane, in blocks.
@@ -60,26 +78,24 @@ class PagePlan:
 
     @classmethod
     def from_budgets(
-        cls, budgets: tuple[tuple[HeadBudget, ...], ...], page_size: int
+        cls,
+        budgets: tuple[tuple[HeadBudget, ...], ...],
+        page_size: int,
+        max_tokens: int | None = None,
     ) -> PagePlan:
-        """Round every budget up to whole pages."""
-        for layer in budgets:
-            for head in layer:
-                if head.recent is not None and min(head.sinks, head.recent) < 1:
-                    raise UserError(
-                        "--policy: a bounded head keeps at least one sink page and "
-                        f"one recent page, not {head.sinks} + {head.recent} tokens"
-                    )
+        """Round every budget up to whole pages.
+
+        A head whose budget holds ``max_tokens`` tokens, the longest a request may be,
+        never evicts: its lane is a full one.
+        """
+        lanes = [
+            [_lane_blocks(head, page_size, max_tokens) for head in layer]
+            for layer in budgets
+        ]
         return cls(
             page_size,
-            tuple(
-                tuple(0 if h.is_full else blocks_of(h.sinks, page_size) for h in layer)
-                for layer in budgets
-            ),
-            tuple(
-                tuple(blocks_of(h.recent or 0, page_size) for h in layer)
-                for layer in budgets
-            ),
+            tuple(tuple(sinks for sinks, _ in layer) for layer in lanes),
+            tuple(tuple(window for _, window in layer) for layer in lanes),
         )
 
     @property

@@ -97,6 +97,8 @@ def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Sc
     )
     if found != (model.num_layers, model.num_query_heads):
         _refuse(path, model, f"{found[0]} layers x {found[1]} query heads")
+    if len(pairs) < model.num_layers * model.num_query_heads:
+        raise ValueError("it lacks some heads")
     for (layer, head), samples in zip(pairs, data.values(), strict=True):
         mean = _finite(math.fsum(samples) / len(samples))
         kv_head = head // model.group_size

@@ -89,6 +89,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     """Convert ``value`` to the field's type; ``hint`` may be ``X | None``."""
     options = [t for t in get_args(hint) or (hint,) if t is not type(None)]
     kind = options[0]
+    if value is None and type(None) in get_args(hint):
+        return None
     if isinstance(value, str) and kind is not str:
         return _parse_number(key, value, kind)
     if kind is float and type(value) is int:

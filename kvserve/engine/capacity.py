@@ -8,8 +8,9 @@ import argparse
 from vllm.config import VllmConfig
 
 from kvserve.engine.options import engine_options
-from kvserve.engine.preflight import check_start, page_bytes_of, plan_of
+from kvserve.engine.preflight import check_start, page_bytes_of
 from kvserve.engine.serve import add_policy_arguments, choose_policy
+from kvserve.engine.support import plan_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
 from kvserve.plan import full_plan, scratch_pages

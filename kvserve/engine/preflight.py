@@ -17,7 +17,7 @@ from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.support import check_model, model_shape_of
+from kvserve.engine.support import check_model, plan_of
 from kvserve.errors import UserError
 from kvserve.plan import PagePlan, scratch_pages
 from kvserve.units import format_bytes
@@ -52,13 +52,6 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
         print(f"kvserve: policy {name}: {plan.describe()}", file=sys.stderr)
     check_pool(config, plan)
     return config
-
-
-def plan_of(config: VllmConfig) -> PagePlan:
-    """Make the page plan of the policy that a configuration names."""
-    policy = PolicySettings.from_config(config).create_policy()
-    budgets = policy.budgets(model_shape_of(config))
-    return PagePlan.from_budgets(budgets, config.cache_config.block_size)
 
 
 def page_bytes_of(config: VllmConfig) -> int:

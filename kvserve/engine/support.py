@@ -12,7 +12,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
+from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
+from kvserve.plan import PagePlan
 from policies.base import ModelShape
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
@@ -27,6 +29,16 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         num_query_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
+    )
+
+
+def plan_of(vllm_config: VllmConfig) -> PagePlan:
+    """Make the page plan of the policy that a configuration names."""
+    policy = PolicySettings.from_config(vllm_config).create_policy()
+    return PagePlan.from_budgets(
+        policy.budgets(model_shape_of(vllm_config)),
+        vllm_config.cache_config.block_size,
+        vllm_config.model_config.max_model_len,
     )
 
 

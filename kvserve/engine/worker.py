@@ -21,10 +21,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kvserve.engine.attention import HeadPagedAttention
 from kvserve.engine.backend import HeadPagedMetadataBuilder
-from kvserve.engine.settings import PolicySettings
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.engine.support import check_layers, model_shape_of
-from kvserve.plan import PagePlan, scratch_pages
+from kvserve.engine.support import check_layers, plan_of
+from kvserve.plan import scratch_pages
 
 _BACKEND = "kvserve.engine.backend.HeadPagedBackend"
 
@@ -60,10 +59,7 @@ class HeadPagedCPUWorker(CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         stock = super().get_kv_cache_spec()
         first, spec = next(iter(stock.items()))
-        settings = PolicySettings.from_config(self.vllm_config)
-        shape = model_shape_of(self.vllm_config)
-        policy = settings.create_policy()
-        plan = PagePlan.from_budgets(policy.budgets(shape), spec.block_size)
+        plan = plan_of(self.vllm_config)
         scheduler = self.vllm_config.scheduler_config
         scratch = scratch_pages(
             plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs

@@ -207,3 +207,9 @@ def test_as_many_heads_are_chosen_as_the_ratio_says(
 def test_a_larger_ratio_only_adds_heads(scores: list[list[float]]) -> None:
     chosen = [top_heads(scores, tenths / 10) for tenths in range(11)]
     assert all(fewer <= more for fewer, more in pairwise(chosen))
+
+
+def test_query_head_scores_that_lack_a_head_are_malformed(tmp_path: Path) -> None:
+    scores = json.loads(query_head_json({(0, 1): [0.5]}))
+    del scores["1-2"]
+    assert "it lacks some heads" in refusal(tmp_path, json.dumps(scores))

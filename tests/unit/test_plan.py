@@ -240,3 +240,10 @@ def test_scratch_serves_one_layer_at_a_time() -> None:
     lanes = [[FULL_LANE, (1, 2), (1, 2)]]
     one, many = (make_plan(4, lanes * layers) for layers in (1, 30))
     assert scratch_pages(one, 64, 8) == scratch_pages(many, 64, 8)
+
+
+def test_a_head_whose_budget_holds_the_longest_request_is_a_full_lane() -> None:
+    budgets = ((HeadBudget(32, 10**30), HeadBudget(32, 64), HeadBudget(32, 65)),)
+    plan = PagePlan.from_budgets(budgets, 32, max_tokens=128)
+    assert plan.windows == ((0, 2, 0),)
+    assert plan.pages(128) == 4 + 3 + 4

@@ -282,3 +282,7 @@ def test_a_bad_value_in_a_file_is_refused_by_name(
 ) -> None:
     path = toml(tmp_path, f'policy = "retrieval"\n{line}\n')
     assert refusal(path).startswith(problem)
+
+
+def test_none_is_a_value_where_the_parameter_allows_it() -> None:
+    assert create_policy("retrieval", {"profile": None}) == create_policy("retrieval")
