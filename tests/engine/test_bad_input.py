@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served is refused in one line, before anything has started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvserve.cli import main
+from kvserve.engine.options import engine_options
+from kvserve.engine.preflight import check_start
+from kvserve.engine.settings import PolicySettings
+from kvserve.errors import UserError
+from tests.engine.conftest import Model
+
+pytestmark = pytest.mark.engine
+
+_FULL = PolicySettings("full")
+
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
+def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command, expect exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("kvserve: error: ")]
+    assert len(errors) == 1
+    assert lines[-1] == errors[0]
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--policy", "nope"], "--policy nope: unknown"),
+        (["--policy", "/no/such.toml"], "--policy /no/such.toml"),
+        (["--policy", "full", "--policy-arg", "sinks=1"], "no such argument"),
+        (["--policy", "sink-recent", "--policy-arg", "recent=0"], "at least 1"),
+        (["--policy", "sink-recent", "--policy-arg", "recent=few"], "expected int"),
+        (["--policy", "retrieval", "--policy-arg", "full_ratio=1.5"], "between"),
+        (["--policy", "retrieval", "--policy-arg", "full_ratio=nan"], "not a number"),
+        (["--policy", "none", "--policy-arg", "sinks=1"], "takes no arguments"),
+        (["--policy-arg", "sinks"], "expected key=value"),
+        (["--enable-prefix-caching"], "--enable-prefix-caching"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size=2"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype=fp8"),
+        (["--block-size", "48"], "--block-size=48"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "X", "kv_role": "kv_both"}'],
+            "--kv-transfer-config",
+        ),
+        (
+            [
+                "--speculative-config",
+                '{"method": "ngram", "num_speculative_tokens": 2}',
+            ],
+            "--speculative-config",
+        ),
+        (["--max-model-len", "100000"], "max_model_len"),
+    ],
+)
+def test_serve_refuses_in_one_line(
+    flags: list[str],
+    named: str,
+    models: dict[str, Model],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["serve", str(models["tiny-gqa"].path), "--skip-tokenizer-init", *flags]
+    if "--policy" not in flags:
+        argv += ["--policy", "full"]
+    assert named in _refusal(argv, capsys)
+
+
+def test_a_pool_too_small_for_one_request_names_both_flags(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = _refusal(
+        [
+            "plan",
+            str(models["tiny-gqa"].path),
+            "--policy",
+            "full",
+            "--kv-memory",
+            "64k",
+        ],
+        capsys,
+    )
+    assert "--kv-cache-memory-bytes=65536" in line
+    assert "--max-model-len" in line
+
+
+def test_a_model_without_profile_is_named_with_the_way_to_get_one(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "retrieval"]
+    line = _refusal([*argv, "--kv-memory", "1G"], capsys)
+    assert "kvserve profile retrieval" in line
+
+
+def test_a_profile_of_another_model_is_refused(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "retrieval"]
+    other = f"profile={models['tiny-mha'].profile}"
+    line = _refusal([*argv, "--policy-arg", other, "--kv-memory", "1G"], capsys)
+    assert "is of another model" in line
+
+
+def test_without_a_profile_the_default_policy_is_full_and_says_so(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(models["tiny-gqa"].path), "--kv-memory", "64M"]) == 0
+    shown = capsys.readouterr().err
+    assert "no profile ships" in shown
+    assert "keep everything" in shown
+
+
+def test_plan_says_when_compression_cannot_help(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "sink-recent"]
+    assert main([*argv, "--kv-memory", "8G", "--max-num-seqs", "2"]) == 0
+    assert "cannot raise throughput" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "model_type": "mistral",
+                "sliding_window": 512,
+            },
+            "sliding-window",
+        ),
+        (
+            {
+                "architectures": ["MambaForCausalLM"],
+                "model_type": "mamba",
+                "state_size": 16,
+                "conv_kernel": 4,
+                "expand": 2,
+                "intermediate_size": 256,
+                "time_step_rank": 8,
+            },
+            "Mamba",
+        ),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "model_type": "deepseek_v2",
+                "kv_lora_rank": 64,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 32,
+                "num_key_value_heads": 4,
+                "first_k_dense_replace": 2,
+            },
+            "MLA",
+        ),
+    ],
+)
+def test_models_with_other_caches_are_refused(
+    changes: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**_LLAMA, **changes}))
+    options = engine_options(
+        _FULL, {"model": str(tmp_path), "skip_tokenizer_init": True}
+    )
+    with pytest.raises(UserError, match=kind) as refusal:
+        check_start(options)
+    assert "\n" not in str(refusal.value)

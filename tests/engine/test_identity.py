@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a policy evicts nothing, the engine gives what stock vLLM gives.
+
+Stock vLLM runs with the same settings, so that what differs is the cache alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import Model
+from tests.engine.harness import MIB, EngineSlot, Reply, random_prompts
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS = 32
+SHORTEST, LONGEST = 3, 4000
+MAX_TOKENS = 4096
+STEPS = 16
+LOGPROB_TOLERANCE = 1e-3
+TIE = 0.25
+"""Two steps of a bfloat16 logit between 16 and 32."""
+MOST_TIES = 2
+
+WIDE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "sink-recent": {"sinks": 32, "recent": MAX_TOKENS},
+    "retrieval": {"sinks": 32, "recent": MAX_TOKENS},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine is run."""
+
+    batch: int
+    chunk: int
+    eager: bool = True
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        mode = "eager" if self.eager else "compiled"
+        return f"batch {self.batch}, chunk {self.chunk}, {mode}, {self.dtype}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "max_num_seqs": self.batch,
+            "max_num_batched_tokens": self.chunk,
+            "enforce_eager": self.eager,
+            "dtype": self.dtype,
+            "max_model_len": MAX_TOKENS,
+            "kv_cache_memory_bytes": 2048 * MIB,
+        }
+
+
+CROSS = [
+    (policy, Setting(batch, chunk, eager))
+    for policy, batch, chunk, eager in itertools.product(
+        WIDE, (1, 8), (64, 512, 2048), (True, False)
+    )
+]
+COVERING = [
+    ("full", Setting(8, 64)),
+    ("retrieval", Setting(8, 64)),
+    ("sink-recent", Setting(1, 512)),
+    ("full", Setting(1, 512)),
+    ("retrieval", Setting(1, 2048)),
+    ("full", Setting(8, 512, eager=False)),
+    ("sink-recent", Setting(8, 2048, eager=False)),
+]
+"""Every value of every setting, and every policy in both batch sizes or modes."""
+
+
+class Stock:
+    """Replies of stock vLLM, run once for each model and setting."""
+
+    def __init__(self, engines: EngineSlot) -> None:
+        self._engines = engines
+        self._replies: dict[tuple[Model, Setting], list[Reply]] = {}
+
+    def replies(self, model: Model, setting: Setting) -> list[Reply]:
+        if (model, setting) not in self._replies:
+            engine = self._engines.start(model.path, None, **setting.options)
+            self._replies[model, setting] = engine.generate(prompts_of(model), STEPS)
+        return self._replies[model, setting]
+
+
+@pytest.fixture(scope="module")
+def stock(engines: EngineSlot) -> Stock:
+    return Stock(engines)
+
+
+def prompts_of(model: Model) -> list[list[int]]:
+    """32 prompts of 3 to 4000 tokens: a novel for a real model, noise for others."""
+    ratio = (LONGEST / SHORTEST) ** (1 / (NUM_PROMPTS - 1))
+    lengths = [round(SHORTEST * ratio**place) for place in range(NUM_PROMPTS)]
+    if model.vocab < 1000:
+        return random_prompts(lengths, model.vocab, seed=1)
+    from transformers import AutoTokenizer
+
+    novel = files("kvserve.evaluation") / "data" / "persuasion.txt"
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    tokens = tokenizer(novel.read_text(encoding="utf-8")[: 8 * sum(lengths)])
+    starts = itertools.accumulate(lengths, initial=0)
+    return [
+        tokens["input_ids"][start : start + length]
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+
+
+def run(
+    engines: EngineSlot, model: Model, policy: str, setting: Setting
+) -> list[Reply]:
+    policy_args = model.policy_args(policy, **WIDE[policy])
+    engine = engines.start(model.path, policy, policy_args, **setting.options)
+    return engine.generate(prompts_of(model), STEPS)
+
+
+def assert_identical(found: list[Reply], expected: list[Reply]) -> None:
+    assert [reply.tokens for reply in found] == [reply.tokens for reply in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for step, (best, stock_best) in enumerate(
+            zip(ours.best, theirs.best, strict=True)
+        ):
+            both = best.keys() & stock_best.keys()
+            assert ours.tokens[step] in both
+            for token in both:
+                assert abs(best[token] - stock_best[token]) < LOGPROB_TOLERANCE
+
+
+def is_tie(found: Reply, expected: Reply) -> bool:
+    """Tell whether replies part at two tokens that rounding cannot order."""
+    pairs = zip(found.tokens, expected.tokens, strict=True)
+    step, (ours, theirs) = next(
+        (step, pair) for step, pair in enumerate(pairs) if pair[0] != pair[1]
+    )
+    best = expected.best[step]
+    return ours in best and best[theirs] - best[ours] < TIE
+
+
+@pytest.mark.parametrize(("policy", "setting"), COVERING, ids=str)
+def test_tokens_and_logprobs_are_stock_vllms(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    stock: Stock,
+    policy: str,
+    setting: Setting,
+) -> None:
+    model = models["tiny-gqa"]
+    expected = stock.replies(model, setting)
+    assert_identical(run(engines, model, policy, setting), expected)
+
+
+@pytest.mark.parametrize("policy", ["full", "retrieval"])
+def test_a_real_model_answers_as_under_stock_vllm(
+    engines: EngineSlot, models: dict[str, Model], stock: Stock, policy: str
+) -> None:
+    model, setting = models["smollm2"], Setting(batch=8, chunk=512)
+    expected = stock.replies(model, setting)
+    assert_identical(run(engines, model, policy, setting), expected)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "full",
+        pytest.param("sink-recent", marks=pytest.mark.slow),
+        pytest.param("retrieval", marks=pytest.mark.slow),
+    ],
+)
+def test_in_bfloat16_answers_part_at_ties_only(
+    engines: EngineSlot, models: dict[str, Model], stock: Stock, policy: str
+) -> None:
+    model, setting = models["smollm2"], Setting(8, 512, dtype="bfloat16")
+    expected = stock.replies(model, setting)
+    found = run(engines, model, policy, setting)
+    parted = [
+        (ours, theirs)
+        for ours, theirs in zip(found, expected, strict=True)
+        if ours.tokens != theirs.tokens
+    ]
+    assert all(is_tie(ours, theirs) for ours, theirs in parted)
+    assert len(parted) <= MOST_TIES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "setting"), CROSS, ids=str)
+@pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa", "smollm2"])
+def test_every_setting_gives_what_stock_vllm_gives(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    stock: Stock,
+    name: str,
+    policy: str,
+    setting: Setting,
+) -> None:
+    expected = stock.replies(models[name], setting)
+    assert_identical(run(engines, models[name], policy, setting), expected)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine computes what a dense model with the policy's masks computes.
+
+Evicting a page and masking its tokens must be the same thing: the logits of 64 decode
+steps are compared with those of one dense, masked, float32 forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from policies.base import FULL
+from tests.engine.conftest import Model
+from tests.engine.harness import PAGE, EngineSlot, random_prompts
+from tests.reference.masked_model import Budgets, MaskedLlama
+
+pytestmark = pytest.mark.engine
+
+STEPS = 64
+TOLERANCE = 1e-4
+BATCHES = {"batch 1": [333], "ragged batch 4": [129, 601, 257, 410]}
+POLICIES: list[tuple[str, dict[str, Any]]] = [
+    ("sink-recent", {"sinks": 32, "recent": 64}),
+    ("retrieval", {"sinks": 32, "recent": 96, "full_ratio": 0.3}),
+]
+
+
+@pytest.fixture(scope="module")
+def oracles(models: dict[str, Model]) -> dict[str, MaskedLlama]:
+    return {name: MaskedLlama(model.path) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize(("policy", "values"), POLICIES, ids=[p for p, _ in POLICIES])
+@pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa", "smollm2"])
+def test_logits_are_those_of_the_masked_model(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    oracles: dict[str, MaskedLlama],
+    name: str,
+    policy: str,
+    values: dict[str, Any],
+    lengths: list[int],
+) -> None:
+    check_logits(engines, models[name], oracles[name], policy, values, lengths, PAGE)
+
+
+@pytest.mark.parametrize("page_size", [PAGE, 2 * PAGE])
+def test_one_page_of_sinks_and_one_recent_page_are_enough(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    oracles: dict[str, MaskedLlama],
+    page_size: int,
+) -> None:
+    check_logits(
+        engines,
+        models["tiny-gqa"],
+        oracles["tiny-gqa"],
+        "retrieval",
+        {"sinks": 1, "recent": 1, "full_ratio": 0.34},
+        [129, 301],
+        page_size,
+    )
+
+
+def check_logits(
+    engines: EngineSlot,
+    model: Model,
+    oracle: MaskedLlama,
+    policy: str,
+    values: dict[str, Any],
+    lengths: list[int],
+    page_size: int,
+) -> None:
+    """Let the engine answer, then ask the oracle for the same tokens' logits."""
+    policy_args = model.policy_args(policy, **values)
+    budgets = model.budgets(policy, policy_args)
+    engine = engines.start(
+        model.path,
+        policy,
+        policy_args,
+        block_size=page_size,
+        max_num_batched_tokens=200,
+        logprobs_mode="raw_logits",
+    )
+    prompts = random_prompts(lengths, model.vocab, seed=len(lengths))
+    replies = engine.generate(prompts, STEPS, logprobs=-1)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert len(reply.tokens) == STEPS
+        tokens, first = prompt + reply.tokens[:-1], len(prompt) - 1
+        found = torch.stack(reply.logits)
+        expected = oracle.logits(tokens, budgets, page_size, first)
+        assert relative_error(found, expected).max() < TOLERANCE
+        assert expected.argmax(dim=1).tolist() == reply.tokens
+
+
+@pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa"])
+@pytest.mark.parametrize("change", ["no eviction", "one page more", "other heads"])
+def test_the_oracle_tells_budgets_apart(
+    models: dict[str, Model],
+    oracles: dict[str, MaskedLlama],
+    name: str,
+    change: str,
+) -> None:
+    model = models[name]
+    values = {"sinks": 32, "recent": 96, "full_ratio": 0.3}
+    budgets = model.budgets("retrieval", model.policy_args("retrieval", **values))
+    wider = {**values, "recent": 96 + PAGE}
+    changed: dict[str, Budgets] = {
+        "no eviction": ((FULL,) * model.shape.num_kv_heads,) * len(budgets),
+        "one page more": model.budgets(
+            "retrieval", model.policy_args("retrieval", **wider)
+        ),
+        "other heads": tuple(layer[::-1] for layer in budgets),
+    }
+    (prompt,) = random_prompts([333], model.vocab, seed=5)
+    right, wrong = (
+        oracles[name].logits(prompt, choice, PAGE, first=300)
+        for choice in (budgets, changed[change])
+    )
+    assert relative_error(wrong, right).median() > 100 * TOLERANCE
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Largest deviation at each position over the largest logit there, ``[n]``."""
+    largest = expected.abs().amax(dim=1)
+    return (found - expected).abs().amax(dim=1) / largest

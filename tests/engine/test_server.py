@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server as a user meets it: `kvserve serve` and the official OpenAI client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+_START_SECONDS = 300
+_MODEL = "SmolLM2-135M-Instruct"
+_QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start the command as typed, wait until it is healthy, stop it by SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(str(Path(sys.executable).with_name("kvserve")), "serve"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+        *("--kv-cache-memory-bytes", "256M", "--max-model-len", "2048"),
+        *("--max-num-seqs", "8", "--enforce-eager", "--disable-uvicorn-access-log"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        base = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_healthy(base, process, log)
+            yield base
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
+
+
+def _wait_until_healthy(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{base}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"not healthy in time: {log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=120)
+
+
+def test_the_embedded_model_is_listed_by_its_name(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list().data] == [_MODEL]
+
+
+def test_chat_answers_with_usage_and_logprobs(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=_MODEL,
+        messages=_QUESTION,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=16,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    choice = reply.choices[0]
+    assert "Paris" in (choice.message.content or "")
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content[0].top_logprobs) == 3
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == len(choice.logprobs.content)
+
+
+def test_streaming_gives_the_text_of_the_whole_reply(client: openai.OpenAI) -> None:
+    prompt = "Once upon a time, in a small village by the sea,"
+    whole = client.completions.create(
+        model=_MODEL, prompt=prompt, temperature=0, max_tokens=24
+    )
+    chunks = client.completions.create(
+        model=_MODEL, prompt=prompt, temperature=0, max_tokens=24, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in chunks]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole.choices[0].text
+
+
+def test_structured_output_obeys_its_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=_MODEL,
+        messages=[{"role": "user", "content": "Describe Ann, aged 30, as JSON."}],
+        temperature=0,
+        max_tokens=64,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": schema},
+        },
+    )
+    person = json.loads(reply.choices[0].message.content or "")
+    assert set(person) == {"name", "age"}
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(
+    client: openai.OpenAI,
+) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=_MODEL,
+        messages=[{"role": "user", "content": "How is the weather in Rome?"}],
+        temperature=0,
+        max_tokens=64,
+        tools=[
+            {
+                "type": "function",
+                "function": {"name": "weather", "parameters": parameters},
+            }
+        ],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )
+    calls = reply.choices[0].message.tool_calls
+    assert calls is not None
+    arguments = json.loads(calls[0].function.arguments)  # type: ignore[union-attr]
+    assert arguments["city"] in ("Paris", "Rome")
+
+
+def test_a_request_longer_than_the_model_gets_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model=_MODEL, prompt="a b " * 2000, max_tokens=4)
+
+
+def test_usage_shows_pages_while_a_request_runs_and_none_after(
+    server: str, client: openai.OpenAI
+) -> None:
+    stream = client.completions.create(
+        model=_MODEL,
+        prompt="tell me more " * 200,
+        temperature=0,
+        max_tokens=200,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    busy = max(_usage(server) for _ in zip(stream, range(60), strict=False))
+    stream.close()
+    assert busy > 0
+    deadline = time.monotonic() + 30
+    while _usage(server) > 0 and time.monotonic() < deadline:
+        client.completions.create(model=_MODEL, prompt="a", max_tokens=1)
+    assert _usage(server) == 0
+
+
+def _usage(server: str) -> float:
+    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    (line,) = [x for x in lines if x.startswith("vllm:kv_cache_usage_perc")]
+    return float(line.rsplit(" ", 1)[1])
