@@ -54,25 +54,21 @@ def _attend(
     query sees every key; MASKED lets query m see keys ``j < seen[m]``.
     """
     dim = tl.arange(0, HEAD_PAD)
+    lane = tl.arange(0, BLOCK_N)
+    # A block's pages are looked up one block ahead, or each load of keys would wait
+    # for another load.
+    page = tl.load(pages + (first + lane) // PAGE_SIZE, first + lane < last, other=0)
     for start in range(first, last, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        inside = (token < last) if MASKED else (token >= 0)
-        if MASKED:
-            page = tl.load(pages + token // PAGE_SIZE, mask=inside, other=0)
-        else:
-            page = tl.load(pages + token // PAGE_SIZE)
+        token = start + lane
+        ahead = token + BLOCK_N
+        next_page = tl.load(pages + ahead // PAGE_SIZE, mask=ahead < last, other=0)
         slot = page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
         here = pool + slot[:, None] * (2 * HEAD_SIZE) + dim[None, :]
-        # V past the end must be 0, not what the page held before: 0 x NaN is NaN.
-        if MASKED:
-            wanted = inside[:, None] & (dim < HEAD_SIZE)[None, :]
+        if MASKED or HEAD_PAD != HEAD_SIZE:
+            # V past the end must be 0, not what the page holds: 0 x NaN is NaN.
+            wanted = (token < last)[:, None] & (dim < HEAD_SIZE)[None, :]
             key = tl.load(here, mask=wanted, other=0.0)
             value = tl.load(here + HEAD_SIZE, mask=wanted, other=0.0)
-        elif HEAD_PAD != HEAD_SIZE:
-            key = tl.load(here, mask=(dim < HEAD_SIZE)[None, :], other=0.0)
-            value = tl.load(
-                here + HEAD_SIZE, mask=(dim < HEAD_SIZE)[None, :], other=0.0
-            )
         else:
             key = tl.load(here)
             value = tl.load(here + HEAD_SIZE)
@@ -92,6 +88,7 @@ def _attend(
             input_precision=PRECISION,
         )
         peak = new_peak
+        page = next_page
     return acc, peak, mass
 
 
@@ -143,7 +140,7 @@ def _find_split(
     return row, program - first, next_first - first
 
 
-@triton.jit(do_not_specialize=["rows", "programs", "table_width"])
+@triton.jit(do_not_specialize=["rows", "programs", "table_stride"])
 def split_kernel(
     query,
     pool,
@@ -157,7 +154,7 @@ def split_kernel(
     scale,
     rows,
     programs,
-    table_width,
+    table_stride,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -191,7 +188,7 @@ def split_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
-    pages = page_table + row.to(tl.int64) * table_width
+    pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, first, whole, seen, acc, peak, mass, pool, pages, scale,
         HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
@@ -272,7 +269,7 @@ def _find_tile(program, query_start, rows, BLOCK_Q: tl.constexpr):
     return row, program - (tl.load(query_start + row) // BLOCK_Q + row)
 
 
-@triton.jit(do_not_specialize=["rows", "table_width"])
+@triton.jit(do_not_specialize=["rows", "table_stride"])
 def tile_kernel(
     query,
     pool,
@@ -282,7 +279,7 @@ def tile_kernel(
     out,
     scale,
     rows,
-    table_width,
+    table_stride,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -321,7 +318,7 @@ def tile_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    pages = page_table + row.to(tl.int64) * table_width
+    pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, 0, whole, seen, acc, peak, mass, pool, pages, scale,
         HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,

@@ -1,37 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803, N806
-"""Paged attention over rows of single KV heads, in Triton.
+# mypy: disable-error-code="untyped-decorator"
+# ruff: noqa: N803
+"""Writing, copying and attending to head pages on a GPU, in Triton.
 
 Symbols: ``D`` head size, ``G`` query heads that share a KV head, ``W`` width of the
 page table, ``n`` all queries of the call. The pool is contiguous
 ``[num_pages, 1, page_size, 2 * D]``; a token's K is ``pool[p, 0, t, :D]`` and its V,
 right behind it, ``pool[p, 0, t, D:]``. ``reference`` says the same in plain PyTorch.
 
-Rows differ in length by orders of magnitude (a bounded head beside a full one), so no
-grid here is rows x longest row. Two kernels share a call:
-
-* rows of ONE query stream their keys once: bandwidth is all. Their keys are cut into
-  splits of about equal size over the whole batch, a program each; short rows stay
-  whole, long rows become many splits, whose results a second kernel joins;
-* rows of more queries are cut into tiles of queries x G, a program each.
-
-Every program finds its own row from ``query_start`` and ``seq_lens``, so the grids
-depend on shapes alone: nothing waits for the GPU, and CUDA graphs replay the launches.
+No call waits for the GPU, and every grid depends on shapes (and ``max_query_len``)
+alone: CUDA graphs can capture them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from kvserve.kernels.triton_attention import join_kernel, split_kernel, tile_kernel
+
 LOG2_E = 1.4426950408889634
-# Rows that one program looks at together to find its own.
-ROWS_AT_ONCE = tl.constexpr(1024)
 # A split below this many keys does not pay for joining it.
 MIN_SPLIT_TOKENS = 512
 # Programs for splits beyond one a row: several waves on the largest GPUs, so that the
@@ -39,321 +32,18 @@ MIN_SPLIT_TOKENS = 512
 SPLIT_PROGRAMS = 2048
 # Bounds the idle programs of a small batch under a wide page table.
 SPLIT_PROGRAMS_PER_ROW = 64
+WRITES_AT_ONCE = 16
+COPY_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """How a kernel cuts its work: ``block_m`` (query, head) pairs x ``block_n`` keys."""
+class Tile:
+    """How a kernel cuts its work: ``block_m`` (query, head) pairs, ``block_n`` keys."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def _attend(
-    query,
-    first,
-    last,
-    seen,
-    acc,
-    peak,
-    mass,
-    pool,
-    pages,
-    scale,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Add keys ``first .. last - 1`` to the online softmax of ``query [M, HEAD_PAD]``.
-
-    ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
-    query sees every key; MASKED lets query m see keys ``j < seen[m]``.
-    """
-    dim = tl.arange(0, HEAD_PAD)
-    for start in range(first, last, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        inside = (token < last) if MASKED else (token >= 0)
-        if MASKED:
-            page = tl.load(pages + token // PAGE_SIZE, mask=inside, other=0)
-        else:
-            page = tl.load(pages + token // PAGE_SIZE)
-        slot = page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
-        here = pool + slot[:, None] * (2 * HEAD_SIZE) + dim[None, :]
-        # V past the end must be 0, not what the page held before: 0 x NaN is NaN.
-        if MASKED:
-            wanted = inside[:, None] & (dim < HEAD_SIZE)[None, :]
-            key = tl.load(here, mask=wanted, other=0.0)
-            value = tl.load(here + HEAD_SIZE, mask=wanted, other=0.0)
-        elif HEAD_PAD != HEAD_SIZE:
-            key = tl.load(here, mask=(dim < HEAD_SIZE)[None, :], other=0.0)
-            value = tl.load(
-                here + HEAD_SIZE, mask=(dim < HEAD_SIZE)[None, :], other=0.0
-            )
-        else:
-            key = tl.load(here)
-            value = tl.load(here + HEAD_SIZE)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        if MASKED:
-            score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1))
-        # A query that has seen nothing yet: -inf minus -inf would be NaN.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(score - base[:, None])
-        fade = tl.exp2(peak - base)
-        mass = mass * fade + tl.sum(weight, 1)
-        acc = tl.dot(
-            weight.to(value.dtype),
-            value,
-            acc * fade[:, None],
-            input_precision=PRECISION,
-        )
-        peak = new_peak
-    return acc, peak, mass
-
-
-@triton.jit
-def _row_blocks(row, rows, query_start, seq_lens, BLOCK_N: tl.constexpr):
-    """(has one query, blocks of keys) of each of ``row``; (False, 0) past the end."""
-    inside = row < rows
-    begin = tl.load(query_start + row, mask=inside, other=0)
-    end = tl.load(query_start + row + 1, mask=inside, other=0)
-    seq_len = tl.load(seq_lens + row, mask=inside, other=0)
-    single = end - begin == 1
-    return single, tl.where(single, tl.cdiv(seq_len, BLOCK_N), 0)
-
-
-@triton.jit
-def _find_split(
-    program,
-    query_start,
-    seq_lens,
-    rows,
-    programs,
-    BLOCK_N: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
-):
-    """(row, split of the row, splits of the row); row is >= rows past the last split.
-
-    At most ``programs - rows`` splits of at least MIN_BLOCKS come on top of one a row.
-    """
-    lane = tl.arange(0, ROWS_AT_ONCE)
-    total = tl.zeros((), tl.int32)
-    for base in range(0, rows, ROWS_AT_ONCE):
-        _, blocks = _row_blocks(base + lane, rows, query_start, seq_lens, BLOCK_N)
-        total += tl.sum(blocks)
-    size = tl.maximum(MIN_BLOCKS, tl.cdiv(total, tl.maximum(programs - rows, 1)))
-
-    row = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int32)
-    next_first = tl.full((), 2147483647, tl.int32)
-    taken = tl.zeros((), tl.int32)
-    for base in range(0, rows, ROWS_AT_ONCE):
-        single, blocks = _row_blocks(base + lane, rows, query_start, seq_lens, BLOCK_N)
-        splits = tl.where(single, tl.maximum(1, (blocks + size // 2) // size), 0)
-        ends = taken + tl.cumsum(splits, 0)
-        row += tl.sum((ends <= program).to(tl.int32))
-        first = tl.maximum(first, tl.max(tl.where(ends <= program, ends, 0)))
-        after = tl.where(ends > program, ends, 2147483647)
-        next_first = tl.minimum(next_first, tl.min(after))
-        taken += tl.sum(splits)
-    return row, program - first, next_first - first
-
-
-@triton.jit(do_not_specialize=["rows", "programs", "table_width"])
-def _split_kernel(
-    query,
-    pool,
-    query_start,
-    seq_lens,
-    page_table,
-    out,
-    partial,
-    partial_softmax,
-    row_splits,
-    scale,
-    rows,
-    programs,
-    table_width,
-    G: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One split of a row with one query: its output, or its share for _join_kernel."""
-    program = tl.program_id(0)
-    row, split, splits = _find_split(
-        program, query_start, seq_lens, rows, programs, BLOCK_N, MIN_BLOCKS
-    )
-    if row >= rows:
-        return
-    seq_len = tl.load(seq_lens + row)
-    blocks = tl.cdiv(seq_len, BLOCK_N)
-    first = split * blocks // splits * BLOCK_N
-    last = tl.minimum((split + 1) * blocks // splits * BLOCK_N, seq_len)
-    whole = last // BLOCK_N * BLOCK_N
-
-    head = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, HEAD_PAD)
-    at = head[:, None] * HEAD_SIZE + dim[None, :]
-    wanted = (head < G)[:, None] & (dim < HEAD_SIZE)[None, :]
-    begin = tl.load(query_start + row).to(tl.int64) * (G * HEAD_SIZE)
-    q = tl.load(query + begin + at, mask=wanted, other=0.0)
-
-    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
-    pages = page_table + row.to(tl.int64) * table_width
-    acc, peak, mass = _attend(
-        q, first, whole, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
-    )  # fmt: skip
-    acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
-    )  # fmt: skip
-
-    if splits == 1:
-        result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-        tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=wanted)
-    else:
-        tl.store(partial + program.to(tl.int64) * (G * HEAD_SIZE) + at, acc, wanted)
-        tl.store(partial_softmax + (program * G + head) * 2, peak, head < G)
-        tl.store(partial_softmax + (program * G + head) * 2 + 1, mass, head < G)
-    if split == 0:
-        tl.store(row_splits + row * 2, program)
-        tl.store(row_splits + row * 2 + 1, splits)
-
-
-@triton.jit
-def _join_kernel(
-    query_start,
-    out,
-    partial,
-    partial_softmax,
-    row_splits,
-    G: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr,
-):
-    """Join the splits of one (row, query head); rows of one split are done already."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    begin = tl.load(query_start + row)
-    if tl.load(query_start + row + 1) - begin != 1:
-        return
-    first = tl.load(row_splits + row * 2)
-    splits = tl.load(row_splits + row * 2 + 1)
-    if splits == 1:
-        return
-    dim = tl.arange(0, HEAD_PAD)
-    acc = tl.zeros([HEAD_PAD], tl.float32)
-    peak = tl.full((), float("-inf"), tl.float32)
-    mass = tl.zeros((), tl.float32)
-    for base in range(0, splits, SPLITS_AT_ONCE):
-        split = base + tl.arange(0, SPLITS_AT_ONCE)
-        inside = split < splits
-        at = ((first + split) * G + head).to(tl.int64)
-        peaks = tl.load(partial_softmax + at * 2, mask=inside, other=float("-inf"))
-        masses = tl.load(partial_softmax + at * 2 + 1, mask=inside, other=0.0)
-        wanted = inside[:, None] & (dim < HEAD_SIZE)[None, :]
-        part = tl.load(
-            partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=wanted, other=0.0
-        )
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        weight = tl.exp2(peaks - new_peak)
-        fade = tl.exp2(peak - new_peak)
-        acc = acc * fade + tl.sum(part * weight[:, None], 0)
-        mass = mass * fade + tl.sum(masses * weight, 0)
-        peak = new_peak
-    where = out + (begin.to(tl.int64) * G + head) * HEAD_SIZE + dim
-    tl.store(where, (acc / mass).to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
-
-
-@triton.jit
-def _find_tile(program, query_start, rows, BLOCK_Q: tl.constexpr):
-    """(row, tile of the row). Row k's tiles begin at ``query_start[k] // BLOCK_Q + k``:
-    enough room for all of them, and no sum over the rows before it is needed."""
-    row = tl.full((), -1, tl.int32)
-    for base in range(0, rows, ROWS_AT_ONCE):
-        other = base + tl.arange(0, ROWS_AT_ONCE)
-        begin = tl.load(query_start + other, mask=other < rows, other=0)
-        before = (begin // BLOCK_Q + other <= program) & (other < rows)
-        row += tl.sum(before.to(tl.int32))
-    return row, program - (tl.load(query_start + row) // BLOCK_Q + row)
-
-
-@triton.jit(do_not_specialize=["rows", "table_width"])
-def _tile_kernel(
-    query,
-    pool,
-    query_start,
-    seq_lens,
-    page_table,
-    out,
-    scale,
-    rows,
-    table_width,
-    G: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile (BLOCK_M // G queries x G heads) of a row with several queries."""
-    BLOCK_Q: tl.constexpr = BLOCK_M // G
-    row, tile = _find_tile(tl.program_id(0), query_start, rows, BLOCK_Q)
-    begin = tl.load(query_start + row)
-    q_len = tl.load(query_start + row + 1) - begin
-    tiles = tl.cdiv(q_len, BLOCK_Q)
-    if (q_len <= 1) | (tile >= tiles):
-        return
-    # The last tile sees the most keys: start it first.
-    first_query = (tiles - 1 - tile) * BLOCK_Q
-
-    pair = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, HEAD_PAD)
-    index = first_query + pair // G
-    wanted = (pair < BLOCK_Q * G) & (index < q_len)
-    at = (begin.to(tl.int64) + first_query) * (G * HEAD_SIZE)
-    at += pair[:, None] * HEAD_SIZE + dim[None, :]
-    inside = wanted[:, None] & (dim < HEAD_SIZE)[None, :]
-    q = tl.load(query + at, mask=inside, other=0.0)
-
-    seq_len = tl.load(seq_lens + row)
-    # Keys that query 0 of the row sees, without itself: negative if it sees none.
-    context = seq_len - q_len
-    seen = tl.where(wanted, context + index + 1, 0)
-    last = tl.maximum(tl.minimum(context + first_query + BLOCK_Q, seq_len), 0)
-    whole = tl.maximum(context + first_query + 1, 0) // BLOCK_N * BLOCK_N
-
-    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    pages = page_table + row.to(tl.int64) * table_width
-    acc, peak, mass = _attend(
-        q, 0, whole, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
-    )  # fmt: skip
-    acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
-    )  # fmt: skip
-    result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def row_attention(
@@ -387,26 +77,196 @@ def row_attention(
     _check(query, pool, out, page_table)
     if seq_lens.numel() == 0 or query.numel() == 0:
         return
-    rows_of = (query_start, seq_lens, page_table)
-    _single_queries(query, pool, *rows_of, scale, out)
+    rows = (query_start, seq_lens, page_table)
+    _attend_single(query, pool, *rows, scale, out)
     if max_query_len > 1:
-        _many_queries(query, pool, *rows_of, scale, out, max_query_len)
+        _attend_many(query, pool, *rows, scale, out, max_query_len)
 
 
 def _check(query: Tensor, pool: Tensor, out: Tensor, page_table: Tensor) -> None:
     assert query.dtype == pool.dtype == out.dtype
-    assert query.is_contiguous() and out.is_contiguous() and pool.is_contiguous()
-    assert pool.shape[-1] == 2 * query.shape[-1] and out.shape == query.shape
+    assert all(tensor.is_contiguous() for tensor in (query, pool, out))
+    assert pool.shape[-1] == 2 * query.shape[-1]
+    assert query.shape == out.shape
     assert page_table.stride(1) == 1
 
 
-def _constants(query: Tensor, pool: Tensor) -> dict[str, int | str]:
-    """What both attention kernels are compiled for."""
+def _attend_single(
+    query: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """The rows of one query; arguments as in ``row_attention``."""
+    rows, width = page_table.shape
+    group, head_size = query.shape[1:]
+    tile = single_query_tile(query)
+    longest = width * pool.shape[2]
+    extra = min(
+        SPLIT_PROGRAMS,
+        rows * min(SPLIT_PROGRAMS_PER_ROW, longest // MIN_SPLIT_TOKENS),
+    )
+    programs = rows + extra
+    partial = query.new_empty(programs, group, head_size, dtype=torch.float32)
+    partial_softmax = query.new_empty(programs, group, 2, dtype=torch.float32)
+    row_splits = query.new_empty(rows, 2, dtype=torch.int32)
+    constants = _constants(query)
+    split_kernel[(programs,)](
+        query, pool, query_start, seq_lens, page_table, out,
+        partial, partial_softmax, row_splits, scale * LOG2_E, rows, programs,
+        page_table.stride(0),
+        **constants,
+        **_launch(query, pool, tile),
+        MIN_BLOCKS=MIN_SPLIT_TOKENS // tile.block_n,
+    )  # fmt: skip
+    if extra:
+        join_kernel[(rows, group)](
+            query_start, out, partial, partial_softmax, row_splits,
+            **constants,
+            SPLITS_AT_ONCE=32,
+        )  # fmt: skip
+
+
+def _attend_many(
+    query: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+    max_query_len: int,
+) -> None:
+    """The rows of two queries and more; arguments as in ``row_attention``."""
+    rows = seq_lens.shape[0]
+    tile = many_queries_tile(query, max_query_len)
+    # A bound: a row has at most one tile that is not full.
+    tiles = query.shape[0] // (tile.block_m // query.shape[1]) + rows
+    tile_kernel[(tiles,)](
+        query, pool, query_start, seq_lens, page_table, out,
+        scale * LOG2_E, rows, page_table.stride(0),
+        **_constants(query),
+        **_launch(query, pool, tile),
+    )  # fmt: skip
+
+
+def single_query_tile(query: Tensor) -> Tile:
+    """Few accumulators, so that several programs a multiprocessor keep loads going."""
+    block_m = max(16, triton.next_power_of_2(query.shape[1]))  # the least of tl.dot
+    bytes_per_token = 2 * triton.next_power_of_2(query.shape[2]) * query.element_size()
+    # 16 KiB a stage: five programs a multiprocessor on an H100, two on an L4.
+    block_n = max(16, min(64, 16384 // bytes_per_token))
+    return Tile(block_m, block_n, num_warps=4, num_stages=3)
+
+
+def many_queries_tile(query: Tensor, max_query_len: int) -> Tile:
+    """The largest tiles whose operands fit the 99 KiB of the smaller GPUs."""
+    group, head_pad = query.shape[1], triton.next_power_of_2(query.shape[2])
+    least = triton.next_power_of_2(group)
+    pairs = triton.next_power_of_2(max_query_len * group)
+    if query.dtype == torch.float32:
+        return Tile(max(16, least), 32, num_warps=4, num_stages=1)
+    if head_pad > 128:
+        return Tile(max(64, least), 32, num_warps=4, num_stages=2)
+    block_m = max(least, min(128, max(64, pairs)))
+    return Tile(block_m, 64, num_warps=block_m // 16, num_stages=2)
+
+
+def _constants(query: Tensor) -> dict[str, int]:
+    head_size = query.shape[2]
     return {
         "G": query.shape[1],
-        "HEAD_SIZE": query.shape[2],
-        "HEAD_PAD": triton.next_power_of_2(query.shape[2]),
-        "PAGE_SIZE": pool.shape[2],
-        # Triton's default would round float32 operands to tf32.
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "HEAD_SIZE": head_size,
+        "HEAD_PAD": triton.next_power_of_2(head_size),
     }
+
+
+def _launch(query: Tensor, pool: Tensor, tile: Tile) -> dict[str, Any]:
+    return {
+        "PAGE_SIZE": pool.shape[2],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        # Triton's default rounds float32 operands to tf32.
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def write_rows(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Scatter the K and V of ``n`` (token, KV head) pairs into their slots.
+
+    Args:
+        key, value: ``[n, D]`` of the pool's type; vectors contiguous, any row stride.
+        pool: ``[num_pages, 1, page_size, 2 * D]`` contiguous, written in place.
+        slots: ``[n]`` int64, ``page * page_size + offset``; a negative one is skipped.
+    """
+    n, head_size = key.shape
+    assert key.dtype == value.dtype == pool.dtype
+    assert pool.is_contiguous()
+    assert key.stride(1) == value.stride(1) == slots.stride(0) == 1
+    if n == 0:
+        return
+    _write_kernel[(triton.cdiv(n, WRITES_AT_ONCE),)](
+        key, value, pool, slots, n, key.stride(0), value.stride(0),
+        HEAD_SIZE=head_size,
+        HEAD_PAD=triton.next_power_of_2(head_size),
+        AT_ONCE=WRITES_AT_ONCE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n"])
+def _write_kernel(  # type: ignore[no-untyped-def]
+    key,
+    value,
+    pool,
+    slots,
+    n,
+    key_stride,
+    value_stride,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The K and V of ``AT_ONCE`` (token, KV head) pairs."""
+    pair = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    dim = tl.arange(0, HEAD_PAD)
+    slot = tl.load(slots + pair, mask=pair < n, other=-1)
+    wanted = (slot >= 0)[:, None] & (dim < HEAD_SIZE)[None, :]
+    from_ = pair.to(tl.int64)[:, None]
+    to = pool + slot[:, None] * (2 * HEAD_SIZE) + dim[None, :]
+    k = tl.load(key + from_ * key_stride + dim[None, :], mask=wanted)
+    v = tl.load(value + from_ * value_stride + dim[None, :], mask=wanted)
+    tl.store(to, k, mask=wanted)
+    tl.store(to + HEAD_SIZE, v, mask=wanted)
+
+
+def copy_pages(pool: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy page ``source[i]`` to page ``target[i]``.
+
+    Args:
+        pool: ``[num_pages, 1, page_size, 2 * D]`` contiguous, written in place.
+        source, target: ``[n]`` int64, with no page in common.
+    """
+    assert all(tensor.is_contiguous() for tensor in (pool, source, target))
+    n, size = source.numel(), pool[0].numel()
+    if n == 0:
+        return
+    _copy_kernel[(n, triton.cdiv(size, COPY_AT_ONCE))](
+        pool, source, target, SIZE=size, AT_ONCE=COPY_AT_ONCE
+    )
+
+
+@triton.jit
+def _copy_kernel(  # type: ignore[no-untyped-def]
+    pool, source, target, SIZE: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """``AT_ONCE`` of a page's ``SIZE`` numbers."""
+    from_ = tl.load(source + tl.program_id(0)) * SIZE
+    to = tl.load(target + tl.program_id(0)) * SIZE
+    number = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
+    page_part = tl.load(pool + from_ + number, mask=number < SIZE)
+    tl.store(pool + to + number, page_part, mask=number < SIZE)
