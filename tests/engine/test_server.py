@@ -130,7 +130,7 @@ def test_a_named_tool_is_called_with_arguments_of_its_schema(
 ) -> None:
     parameters = {
         "type": "object",
-        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
         "required": ["city"],
         "additionalProperties": False,
     }
