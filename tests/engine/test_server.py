@@ -149,7 +149,7 @@ def test_a_named_tool_is_called(
     )
     calls = reply.choices[0].message.tool_calls
     assert calls is not None
-    # Stock vLLM 0.32 gives this model's arguments as they come, so only the name counts.
+    # Stock vLLM gives this model's arguments as they come: only the name counts.
     assert calls[0].function.name == "weather"  # type: ignore[union-attr]
 
 
