@@ -71,14 +71,12 @@ class NeedlePrompt:
         token_ids: The prompt with the chat template applied, the question at its end.
         needle_span: ``[start, end)`` of the hidden sentence in ``token_ids``.
         answer_span: ``[start, end)`` of the answer inside that sentence.
-        question_start: The first token of the question; prose ends before it.
     """
 
     token_ids: list[int]
     needle: Needle
     needle_span: tuple[int, int]
     answer_span: tuple[int, int]
-    question_start: int
 
     @property
     def answer(self) -> str:
@@ -174,13 +172,11 @@ def _assemble(tokenizer: Any, prose: str, needle: Needle, depth: float) -> Needl
         token_ids, offsets = _encode(tokenizer, rendered, add_special_tokens=True)
     first = rendered.index(needle.sentence)
     answer = first + needle.sentence.index(needle.answer)
-    question = rendered.rindex(needle.question)
     return NeedlePrompt(
         token_ids,
         needle,
         _token_span(offsets, first, first + len(needle.sentence)),
         _token_span(offsets, answer, answer + len(needle.answer)),
-        _token_span(offsets, question, question + 1)[0],
     )
 
 
