@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Needle accuracy and memory of policies, through the engine, on the same prompts.
 
-The needles are of the ``EVALUATION`` family: no wording, word or haystack of theirs
-was seen when the shipped profile was measured. Prints Markdown.
+``--family numbers`` hides magic numbers in the manner of RULER, ``facts`` asks for
+answers of several words. No wording, word or haystack of theirs was seen when the
+shipped profile was measured. Prints Markdown.
 
-    python benchmarks/needles.py --lengths 1024 2048 4000 --needles 16
+    python benchmarks/needles.py --family facts --needles 16
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from kvserve import LLM
-from kvserve.evaluation.needles import EVALUATION, build_prompt, score
+from kvserve.evaluation.families import FACTS, MAGIC_NUMBERS
+from kvserve.evaluation.needles import build_prompt, score
 from kvserve.models import resolve_model
 
 _DEFAULT = [
@@ -32,12 +34,16 @@ _DEFAULT = [
 ]
 
 
-def prompts(model: str, length: int, count: int) -> list[Any]:
+_LENGTHS = [1024, 2048, 3072, 4000]
+_FAMILIES = {"numbers": MAGIC_NUMBERS, "facts": FACTS}
+
+
+def prompts(model: str, family: str, length: int, count: int) -> list[Any]:
     """Needle prompts of ``length`` tokens at depths spread over the haystack."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     depths = [(2 * number + 1) / (2 * count) for number in range(count)]
     return [
-        build_prompt(tokenizer, EVALUATION, length, depth, number)
+        build_prompt(tokenizer, _FAMILIES[family], length, depth, number)
         for number, depth in enumerate(depths)
     ]
 
@@ -60,14 +66,14 @@ def measure(spec: str, model: str, args: argparse.Namespace) -> dict[int, float]
     params = SamplingParams(temperature=0, max_tokens=args.output, stop=["\n"])
     accuracy = {}
     for length in args.lengths:
-        needles = prompts(model, length, args.needles)
+        needles = prompts(model, args.family, length, args.needles)
         outputs = llm.generate(
             [{"prompt_token_ids": needle.token_ids} for needle in needles],
             params,
             use_tqdm=True,
         )
         scores = [
-            score(needle.needle.answer, output.outputs[0].text)
+            score(needle.answer, output.outputs[0].text)
             for needle, output in zip(needles, outputs, strict=True)
         ]
         accuracy[length] = sum(scores) / len(scores)
@@ -91,7 +97,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--policies", nargs="+", default=_DEFAULT, metavar="SPEC")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4000])
+    parser.add_argument("--lengths", nargs="+", type=int, default=_LENGTHS)
+    parser.add_argument("--family", choices=_FAMILIES, default="numbers")
     parser.add_argument("--needles", type=int, default=16)
     parser.add_argument("--output", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")

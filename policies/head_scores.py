@@ -29,9 +29,10 @@ def _shipped_path(model_name: str) -> Path:
 def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
     """Read one score per KV head, of shape ``[num_layers][num_kv_heads]``.
 
-    Accepts kvserve's own JSON, the one-line ``{"layer-head": [scores]}`` JSON of the
-    Retrieval Head authors (query heads; a KV head takes the maximum of its group,
-    policies.md 5.2) and DuoAttention's tab-separated gates (clipped to [0, 1]).
+    Accepts kvserve's own JSON (its gates where it has them, else its scores), the
+    one-line ``{"layer-head": [scores]}`` JSON of the Retrieval Head authors (query
+    heads; a KV head takes the maximum of its group) and DuoAttention's tab-separated
+    gates (clipped to [0, 1]).
 
     Raises:
         UserError: no profile, an unreadable file, or one of another model.
@@ -85,7 +86,8 @@ def _parse(text: str, model: ModelShape, path: Path) -> Scores:
         return _from_query_heads(data, model, path)
     if data["format"] != PROFILE_FORMAT:
         raise ValueError(f"format {data['format']!r}, expected {PROFILE_FORMAT!r}")
-    return [[_finite(score) for score in row] for row in data["kv_head_scores"]]
+    scores = data.get("kv_head_gates", data["kv_head_scores"])
+    return [[_finite(score) for score in row] for row in scores]
 
 
 def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Scores:

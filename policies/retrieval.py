@@ -42,7 +42,7 @@ class Retrieval(Policy):
         "without it, the profile that ships for the model",
     )
     full_ratio: float = parameter(
-        0.34, "share of KV heads that keep everything", minimum=0.0, maximum=1.0
+        0.2, "share of KV heads that keep everything", minimum=0.0, maximum=1.0
     )
     sinks: int = parameter(
         32, "first tokens that the other heads keep, in whole pages", minimum=1

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Needles in a haystack: made-up facts hidden in prose, and questions about them.
 
-There are two disjoint families. Head profiles are measured with ``PROFILING``,
-quality with ``EVALUATION``: no wording, name, word or haystack is in both, so that a
-profile cannot look good because it saw the test. Everything is drawn from a seed.
+What is hidden is up to a family (``families.py``); everything is drawn from a seed.
 """
 
 from __future__ import annotations
@@ -23,12 +21,14 @@ class Wording:
     """One kind of needle; ``{slots}`` are filled from the family's word lists.
 
     A slot may carry a number (``{word1} {word2}``) to draw several distinct words.
+    ``reply`` is put into the model's mouth: the answer continues it.
     """
 
     name: str
     sentence: str
     question: str
     answer: str
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Needle:
     sentence: str
     question: str
     answer: str
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Family:
             wording.sentence.format(**slots),
             wording.question.format(**slots),
             wording.answer.format(**slots),
+            wording.reply.format(**slots),
         )
 
 
@@ -112,7 +114,7 @@ def build_prompt(
     needle = family.needle(index, seed)
     start = random.Random(f"passage/{family.name}/{seed}/{index}/{num_tokens}").random()
     prose = passage(text or load_book(family.book), start, 8 * num_tokens)
-    offsets = _encode(tokenizer, prose)[1]
+    offsets = encode(tokenizer, prose)[1]
     keep = num_tokens
     while keep > 0:
         cut = offsets[min(keep, len(offsets)) - 1][1]
@@ -160,16 +162,8 @@ def _draw(
 def _assemble(tokenizer: Any, prose: str, needle: Needle, depth: float) -> NeedlePrompt:
     context, _ = insert(prose, needle.sentence, depth)
     content = f"{context}\n\n{_INSTRUCTION}\nQuestion: {needle.question}"
-    if getattr(tokenizer, "chat_template", None):
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        token_ids, offsets = _encode(tokenizer, rendered)
-    else:
-        rendered = f"{content}\nAnswer:"
-        token_ids, offsets = _encode(tokenizer, rendered, add_special_tokens=True)
+    rendered = chat(tokenizer, content, needle.reply)
+    token_ids, offsets = encode(tokenizer, rendered)
     first = rendered.index(needle.sentence)
     answer = first + needle.sentence.index(needle.answer)
     return NeedlePrompt(
@@ -180,11 +174,26 @@ def _assemble(tokenizer: Any, prose: str, needle: Needle, depth: float) -> Needl
     )
 
 
-def _encode(
-    tokenizer: Any, text: str, add_special_tokens: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
+def chat(tokenizer: Any, content: str, reply: str = "") -> str:
+    """Return the text of a user's turn and of the beginning of the reply.
+
+    Tokenize it with :func:`encode`, which adds the special tokens of a model that has
+    no chat template.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": content}]
+        prompt: str = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, tokenize=False
+        )
+        return prompt + reply
+    return f"{content}\nAnswer: {reply}".rstrip()
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize; return token ids and the characters ``[first, last)`` of each."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
     encoded = tokenizer(
-        text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        text, add_special_tokens=not has_template, return_offsets_mapping=True
     )
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
@@ -202,133 +211,4 @@ _INSTRUCTION = "Answer the question with the words of the text above."
 _FUNCTION_WORDS = frozenset(
     {"a", "an", "and", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on"}
     | {"or", "the", "to", "was", "with"}
-)
-
-_PROFILING_WORDS = {
-    "city": ("Lisbon", "Nairobi", "Oslo", "Quito", "Hanoi", "Cairo", "Lima", "Seoul"),
-    "name": ("Arthur", "Beatrice", "Clement", "Dorothea", "Edmund", "Flora"),
-    "surname": ("Hollis", "Marchetti", "Okafor", "Pemberton", "Quist", "Rasmussen"),
-    "colour": ("green", "yellow", "purple", "silver", "orange", "white"),
-    "thing": ("umbrella", "violin", "lantern", "trumpet", "compass", "saddle"),
-    "food": ("melon", "cheese", "pepper", "walnuts", "honey", "rice", "spinach"),
-    "room": ("kitchen", "cellar", "library", "stable", "chapel", "attic"),
-    "place": ("cupboard", "staircase", "barrel", "piano", "carpet", "fireplace"),
-    "animal": ("tiger", "parrot", "camel", "otter", "donkey", "penguin"),
-}
-
-_EVALUATION_WORDS = {
-    "city": ("Prague", "Bogota", "Manila", "Dakar", "Vienna", "Tunis", "Havana"),
-    "name": ("Gregory", "Harriet", "Ivan", "Josephine", "Leonard", "Matilda"),
-    "surname": ("Abernathy", "Castellano", "Dupont", "Fitzroy", "Gunderson"),
-    "object": ("safe", "locker", "garage", "vault", "elevator", "warehouse"),
-    "word": ("basket", "copper", "dolphin", "engine", "forest", "guitar", "island"),
-    "job": ("baker", "plumber", "dentist", "pilot", "carpenter", "librarian"),
-    "drink": ("lemonade", "cocoa", "buttermilk", "cider", "ginger ale"),
-    "spice": ("mustard", "cinnamon", "vanilla", "nutmeg", "paprika"),
-    "machine": ("tractor", "submarine", "balloon", "telescope", "bicycle"),
-}
-
-PROFILING = Family(
-    "profiling",
-    "northanger_abbey",
-    (
-        Wording(
-            "secret number",
-            "The secret number of {city} is {number}.",
-            "What is the secret number of {city}?",
-            "{number}",
-        ),
-        Wording(
-            "ship",
-            "The ship called the {colour} {animal} carries {food1}, {food2} and "
-            "{food3}.",
-            "What does the ship called the {colour} {animal} carry?",
-            "{food1}, {food2} and {food3}",
-        ),
-        Wording(
-            "best thing",
-            "The best thing to do in {city} is to eat {food} and look for the "
-            "{colour} {animal} behind the {room}.",
-            "What is the best thing to do in {city}?",
-            "eat {food} and look for the {colour} {animal} behind the {room}",
-        ),
-        Wording(
-            "hidden thing",
-            "The {colour} {thing} of {name} {surname} is hidden under the {place} in "
-            "the {room}.",
-            "Where is the {colour} {thing} of {name} {surname} hidden?",
-            "under the {place} in the {room}",
-        ),
-        Wording(
-            "soup",
-            "The famous soup of {city} is made of {food1}, {food2} and {food3}.",
-            "What is the famous soup of {city} made of?",
-            "{food1}, {food2} and {food3}",
-        ),
-        Wording(
-            "trainer",
-            "The name of the man who trains the {animal} of {city} is {name} "
-            "{surname}.",
-            "What is the name of the man who trains the {animal} of {city}?",
-            "{name} {surname}",
-        ),
-        Wording(
-            "telephone",
-            "The telephone number of the {animal} club is {number}.",
-            "What is the telephone number of the {animal} club?",
-            "{number}",
-        ),
-    ),
-    _PROFILING_WORDS,
-)
-
-EVALUATION = Family(
-    "evaluation",
-    "persuasion",
-    (
-        Wording(
-            "magic number",
-            "The special magic number for {city} is {number}.",
-            "What is the special magic number for {city}?",
-            "{number}",
-        ),
-        Wording(
-            "access code",
-            "The access code for the {object} of Mr. {surname} is {number}.",
-            "What is the access code for the {object} of Mr. {surname}?",
-            "{number}",
-        ),
-        Wording(
-            "job",
-            "{name} {surname} works as a {job} in {city}.",
-            "What does {name} {surname} work as, and in which city?",
-            "{job} in {city}",
-        ),
-        Wording(
-            "password",
-            "The password for the {machine} is {word1} {word2} {word3}.",
-            "What is the password for the {machine}?",
-            "{word1} {word2} {word3}",
-        ),
-        Wording(
-            "drink",
-            "The favourite drink of {name} {surname} is {drink} with {spice1} and "
-            "{spice2}.",
-            "What is the favourite drink of {name} {surname}?",
-            "{drink} with {spice1} and {spice2}",
-        ),
-        Wording(
-            "gift",
-            "The birthday gift for {name} {surname} is a {machine} and a {word}.",
-            "What is the birthday gift for {name} {surname}?",
-            "a {machine} and a {word}",
-        ),
-        Wording(
-            "flight",
-            "The flight number of the plane to {city} is {number}.",
-            "What is the flight number of the plane to {city}?",
-            "{number}",
-        ),
-    ),
-    _EVALUATION_WORDS,
 )

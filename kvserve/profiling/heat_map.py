@@ -6,33 +6,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+_SHOWN_GATE = 0.3
+"""Gates are averages over a training in which all begin open: none is near 0."""
+
 
 def draw_heat_map(profile: dict[str, Any], path: Path) -> None:
-    """Draw layers over heads, KV heads beside query heads, as a PNG."""
+    """Draw layers over heads as a PNG: gates, then scores of KV and query heads."""
     from matplotlib.figure import Figure
 
     layers, query_heads = profile["num_layers"], profile["num_query_heads"]
     kv_heads = profile["num_kv_heads"]
-    size = (3.5 + 0.42 * (query_heads + kv_heads), 1.5 + 0.26 * layers)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=(kv_heads, query_heads))
     threshold = profile["settings"]["threshold"]
-    for axes, kind in zip(panels, ("kv", "query"), strict=True):
-        rows = profile[f"{kind}_head_scores"]
+    kinds = {
+        "kv_head_gates": ("gate", "KV head", kv_heads, _SHOWN_GATE),
+        "kv_head_scores": ("score", "KV head", kv_heads, threshold),
+        "query_head_scores": ("score", "query head", query_heads, threshold),
+    }
+    shown = {key: kind for key, kind in kinds.items() if key in profile}
+    widths = [heads for _, _, heads, _ in shown.values()]
+    size = (3.5 + 0.42 * sum(widths), 1.5 + 0.26 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, width_ratios=widths)
+    for axes, (key, kind) in zip(panels, shown.items(), strict=True):
+        what, head_name, _, limit = kind
+        rows = profile[key]
         image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        name = kind.upper() if kind == "kv" else kind
-        axes.set(xlabel=f"{name} head", xticks=range(len(rows[0])))
+        axes.set(title=what, xlabel=head_name, xticks=range(len(rows[0])))
         axes.set(yticks=range(layers))
         for layer, row in enumerate(rows):
             for head, value in enumerate(row):
-                if value >= threshold:
+                if value >= limit:
                     colour = "black" if value > 0.6 else "white"
                     label = f"{value:.2f}".lstrip("0")
                     axes.text(
                         head, layer, label, color=colour, ha="center", va="center"
                     )
     panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=panels, label="retrieval score")
+    figure.colorbar(image, ax=panels, label="1: needs the whole cache")
     kept = profile["instances"]["kept"]
-    figure.suptitle(f"Retrieval heads of {profile['model']} ({kept} needles)")
+    figure.suptitle(f"Which heads of {profile['model']} retrieve ({kept} needles)")
     figure.savefig(path, dpi=110)

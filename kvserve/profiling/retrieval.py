@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find a model's retrieval heads (arXiv 2404.15574, section 2).
+"""Find the heads that retrieval needs, in two ways.
 
-A head copies at a decode step when the key it attends to most lies in the hidden
-answer and carries the very token that the model emits. Its score on one needle is the
-number of answer tokens it copied over the answer's length; its retrieval score is the
-mean over all needles that the model found. A KV head takes the maximum of its group:
-one query head that needs the cache is reason enough to keep it.
+*Scores* (Retrieval Head, arXiv 2404.15574, section 2). A head copies at a decode step
+when the key it attends to most lies in the hidden answer and carries the very token
+that the model emits. Its score on one needle is the number of answer tokens it copied
+over the answer's length; its retrieval score is the mean over all needles that the
+model found. A KV head takes the maximum of its group: one query head that needs the
+cache is reason enough to keep it.
+
+*Gates* (``gates.py``) find KV heads that the answer depends on whether they copy or
+not, such as those that lead to the needle. Where both are measured, the policy ranks
+by gates.
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
+from kvserve.evaluation.families import PROFILING
 from kvserve.evaluation.haystack import load_book, load_text
-from kvserve.evaluation.needles import PROFILING, NeedlePrompt, build_prompt
+from kvserve.evaluation.needles import NeedlePrompt, build_prompt
 from kvserve.models import EMBEDDED_MODEL, cache_dir, resolve_model
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
+from kvserve.profiling.gates import GateSettings, train_gates
 from kvserve.profiling.heat_map import draw_heat_map
 
 FORMAT = "kvserve-retrieval/1"
@@ -41,10 +48,11 @@ _EXAMPLE = """example:
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """How much to measure: ``lengths * depths * needles`` instances.
+    """How much to measure: ``lengths * depths * needles`` instances, then the gates.
 
     The paper runs 600 instances of up to 50 000 tokens. The defaults are 120 of up to
-    4096, about 15 minutes for the embedded model on two idle CPU cores.
+    4096 and 100 gate steps: for the embedded model on two idle CPU cores about 15
+    minutes each.
 
     Attributes:
         min_length: Tokens of the shortest prompt.
@@ -56,6 +64,9 @@ class RetrievalSettings:
         min_recall: An instance counts only if the answer's recall is above this.
         threshold: Score from which the report calls a head a retrieval head.
         seed: Draws the needles and the passages they hide in.
+        gate_steps: Prompts that the gates are trained on; 0 leaves them out.
+        gate_penalty: What an open gate costs, against the KL divergence in nats.
+        gate_length: Tokens of the longest prompt of the gates.
     """
 
     min_length: int = 512
@@ -67,6 +78,9 @@ class RetrievalSettings:
     min_recall: float = 0.5
     threshold: float = 0.1
     seed: int = 0
+    gate_steps: int = 100
+    gate_penalty: float = 0.5
+    gate_length: int = 1792
 
     def __post_init__(self) -> None:
         for name in ("lengths", "depths", "needles", "max_decode_tokens"):
@@ -77,6 +91,16 @@ class RetrievalSettings:
             raise UserError(
                 f"--min-length {self.min_length} --max-length {self.max_length}: the "
                 "shortest needs at least 128 tokens, the longest no fewer than that"
+            )
+        if self.gate_steps < 0 or self.gate_penalty < 0:
+            raise UserError(
+                f"--gate-steps {self.gate_steps} --gate-penalty {self.gate_penalty}: "
+                "must not be negative"
+            )
+        if self.gate_steps and self.gate_length < 512:
+            raise UserError(
+                f"--gate-length {self.gate_length}: must be at least 512; or leave the "
+                "gates out with --gate-steps 0"
             )
 
     @property
@@ -129,6 +153,7 @@ def profile_retrieval(
         "num_kv_heads": num_kv_heads,
         "query_head_scores": _rounded(scores),
         "kv_head_scores": _rounded(kv_head_scores(scores, num_kv_heads)),
+        **_gates(model_dir, model, tokenizer, settings, text, progress),
         "settings": {**dataclasses.asdict(settings), "data": data_name},
         "instances": {"run": len(done), "kept": len(kept)},
     }
@@ -192,6 +217,9 @@ _HELP = {
     "min_recall": "leave out a needle if the answer has no more than this share of it",
     "threshold": "score from which a head counts as a retrieval head in the report",
     "seed": "draws the needles and the text around them",
+    "gate_steps": "prompts to train the gates on; 0 leaves them out",
+    "gate_penalty": "what an open gate costs: more keeps fewer heads apart",
+    "gate_length": "tokens of the longest prompt of the gates",
 }
 
 
@@ -224,11 +252,16 @@ def _load(model_dir: str, settings: RetrievalSettings) -> tuple[Any, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"MODEL {model_dir}: cannot be loaded ({reason})") from None
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and settings.max_length + settings.max_decode_tokens > limit:
-        raise UserError(
-            f"--max-length {settings.max_length}: {Path(model_dir).name} reads at most "
-            f"{limit} tokens, its answer included"
-        )
+    needed = {
+        "--max-length": settings.max_length + settings.max_decode_tokens,
+        "--gate-length": settings.gate_length if settings.gate_steps else 0,
+    }
+    for flag, tokens in needed.items():
+        if limit and tokens > limit:
+            raise UserError(
+                f"{flag}: {Path(model_dir).name} reads at most {limit} tokens, its "
+                f"answer included, and this asks for {tokens}"
+            )
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model.to(device)
@@ -265,6 +298,28 @@ def _measure(
     return instances
 
 
+def _gates(
+    model_dir: str,
+    model: Any,
+    tokenizer: Any,
+    settings: RetrievalSettings,
+    text: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """The profile's entry of gates, empty if they are not asked for."""
+    if not settings.gate_steps:
+        return {}
+    asked = GateSettings(
+        settings.gate_steps,
+        settings.gate_penalty,
+        settings.gate_length,
+        settings.seed,
+    )
+    store = _store_path(model_dir, asked, text).with_suffix(".pt")
+    gates = train_gates(model, tokenizer, asked, text, store, progress)
+    return {"kv_head_gates": _rounded(gates)}
+
+
 def _prompts(
     tokenizer: Any, settings: RetrievalSettings, text: str
 ) -> Iterator[NeedlePrompt]:
@@ -288,8 +343,10 @@ def _prompts(
                 index += 1
 
 
-def _store_path(model_dir: str, settings: RetrievalSettings, text: str) -> Path:
-    """Name the file of finished instances after all that they depend on."""
+def _store_path(
+    model_dir: str, settings: RetrievalSettings | GateSettings, text: str
+) -> Path:
+    """Name the file of finished work after all that it depends on."""
     weights = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(Path(model_dir).glob("*.safetensors"))

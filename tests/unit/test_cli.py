@@ -36,7 +36,7 @@ def test_policies_lists_every_policy_with_its_parameters(
     for name, cls in available_policies().items():
         assert name in shown
         assert cls.paper in shown
-    assert "full_ratio = 0.34 (0.0 to 1.0)" in shown
+    assert "full_ratio = 0.2 (0.0 to 1.0)" in shown
     assert "streaming-llm (alias of sink-recent)" in shown
 
 

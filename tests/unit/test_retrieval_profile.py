@@ -7,18 +7,19 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from kvserve.errors import UserError
 from kvserve.evaluation.needles import Needle, NeedlePrompt
 from kvserve.models import EMBEDDED_MODEL
-from kvserve.profiling import retrieval
+from kvserve.profiling import gates, retrieval
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
 from kvserve.profiling.retrieval import (
     RetrievalSettings,
@@ -28,8 +29,8 @@ from kvserve.profiling.retrieval import (
 from policies.base import ModelShape
 from policies.head_scores import load_head_scores, top_heads
 from tests.unit.byte_tokenizer import byte_tokenizer
+from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
-LAYERS, QUERY_HEADS, KV_HEADS = 3, 6, 2
 # A random model finds nothing: keep its instances all the same.
 SMALL = RetrievalSettings(
     min_length=500,
@@ -39,25 +40,8 @@ SMALL = RetrievalSettings(
     needles=1,
     max_decode_tokens=4,
     min_recall=-1.0,
+    gate_steps=0,
 )
-
-
-def tiny_llama(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=QUERY_HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=1024,
-        # Large weights give sharp attention and answers that vary.
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class Letters:
@@ -275,6 +259,8 @@ def test_a_model_that_finds_nothing_is_refused(model_dir: str, tmp_path: Path) -
         ({"max_decode_tokens": 0}, "--max-decode-tokens 0"),
         ({"min_length": 50}, "--min-length 50"),
         ({"max_length": 400}, "--max-length 400"),
+        ({"gate_steps": -1}, "--gate-steps -1"),
+        ({"gate_length": 511}, "--gate-length 511"),
     ],
 )
 def test_settings_out_of_range_name_their_flag(
@@ -287,9 +273,14 @@ def test_settings_out_of_range_name_their_flag(
 def test_a_length_beyond_the_models_context_is_refused(
     model_dir: str, tmp_path: Path
 ) -> None:
-    too_long = RetrievalSettings(max_length=1024)
-    with pytest.raises(UserError, match="tiny reads at most 1024 tokens"):
-        profile(model_dir, tmp_path, too_long)
+    changes: dict[str, Any]
+    for flag, changes in (
+        ("--max-length", {"max_length": 1024}),
+        ("--gate-length", {"gate_steps": 1, "gate_length": 1025}),
+    ):
+        too_long = RetrievalSettings(**{**vars(SMALL), **changes})
+        with pytest.raises(UserError, match=f"{flag}: tiny reads at most 1024 tokens"):
+            profile(model_dir, tmp_path, too_long)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
@@ -322,7 +313,22 @@ def test_the_command_measures_and_says_what_it_wrote(
     assert str(tmp_path / "out" / "retrieval.json") in printed
 
 
+def test_the_policy_ranks_by_gates_where_they_were_trained(
+    model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "_NEEDLES", (1, 2))
+    gated = RetrievalSettings(
+        **{**vars(SMALL), "gate_steps": 2, "gate_length": 1024, "gate_penalty": 0.5}
+    )
+    found = profile(model_dir, tmp_path, gated)
+    shape = ModelShape("tiny", LAYERS, QUERY_HEADS, KV_HEADS, 8)
+    scores = load_head_scores(str(tmp_path / "retrieval.json"), shape)
+    assert scores == found["kv_head_gates"] != found["kv_head_scores"]
+
+
 def test_the_shipped_profile_ranks_the_known_retrieval_heads_first() -> None:
     shape = ModelShape(EMBEDDED_MODEL, 30, 9, 3, 64)
-    best = top_heads(load_head_scores(None, shape), 0.1)
-    assert {(17, 1), (18, 2), (20, 2)} <= best
+    path = files("policies") / "profiles" / EMBEDDED_MODEL / "retrieval.json"
+    known = {(17, 1), (18, 2), (20, 2)}
+    assert known <= top_heads(json.loads(path.read_text())["kv_head_scores"], 0.05)
+    assert known <= top_heads(load_head_scores(None, shape), 0.2)
