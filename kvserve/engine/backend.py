@@ -108,7 +108,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         return HeadPagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decode_tokens=step.num_decode_tokens,
-            rows=[prepared[shape] for shape in self._rows.shape_of_layer],
+            rows=[prepared[shape] for shape in step.shape_of_layer],
             page_tables=(
                 [torch.from_numpy(table) for table in tables]
                 if isinstance(tables, list)

@@ -44,7 +44,8 @@ class StepRows:
 
     Attributes:
         num_decode_tokens: leading tokens that are decode rows.
-        shapes: one for each distinct layer of the plan.
+        shapes: the distinct lengths among the layers.
+        shape_of_layer: which of ``shapes`` is a layer's, ``[num_layers]``.
         page_tables: pages of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
         slots: where each token's key and value go, ``[num_layers, tokens * H_kv]``.
         copies: per layer, scratch pages and the ring pages they replace once attention
@@ -53,6 +54,7 @@ class StepRows:
 
     num_decode_tokens: int
     shapes: list[RowShapes]
+    shape_of_layer: list[int]
     page_tables: PageArray | list[PageArray]
     slots: IntArray
     copies: list[tuple[IntArray, IntArray]] = field(default_factory=list)
@@ -65,14 +67,7 @@ class RowBuilder:
         self._plan = plan
         self._tables = tables
         lanes = np.stack([plan.sink_array, plan.window_array], axis=-1)
-        _, first, inverse = np.unique(
-            lanes.reshape(plan.num_layers, -1),
-            axis=0,
-            return_index=True,
-            return_inverse=True,
-        )
-        self._exemplars: list[int] = first.tolist()
-        self.shape_of_layer: list[int] = inverse.ravel().tolist()
+        self._alike = _alike_layers(lanes)
 
     def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
         """Build the rows of a batch whose one-token requests come first.
@@ -90,13 +85,14 @@ class RowBuilder:
             return self._decode_only(decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
         slots = np.concatenate([slots, chunks.slots()], axis=1)
+        exemplars, shape_of_layer = self._alike
         shapes = [
-            self._with_prefill(decode_lens[layer], chunks, layer)
-            for layer in self._exemplars
+            self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
         ]
         return StepRows(
             num_decodes,
             shapes,
+            shape_of_layer,
             [self._page_table(layer, chunks) for layer in range(self._plan.num_layers)],
             slots,
             chunks.copies(),
@@ -116,14 +112,16 @@ class RowBuilder:
     def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
         rows = decode_lens.shape[1]
         starts = np.arange(rows + 1, dtype=np.int32)
+        # Lanes of unequal budgets are alike until the smaller one is full.
+        exemplars, shape_of_layer = _alike_layers(decode_lens)
         shapes = [
             RowShapes(starts, decode_lens[layer].astype(np.int32))
-            for layer in self._exemplars
+            for layer in exemplars
         ]
         ordered = self._tables.ordered
         num_decodes = rows // self._plan.num_kv_heads
         tables = ordered[:, :num_decodes].reshape(len(ordered), rows, -1)
-        return StepRows(num_decodes, shapes, tables, slots)
+        return StepRows(num_decodes, shapes, shape_of_layer, tables, slots)
 
     def _with_prefill(
         self, decode_lens: IntArray, chunks: _Chunks, layer: int
@@ -155,6 +153,23 @@ class RowBuilder:
                 rows = slice(first, first + len(chunks.lengths))
                 parts.append(self._tables.by_slot[layer, rows, head])
         return np.concatenate(parts)
+
+
+def _alike_layers(values: IntArray) -> tuple[list[int], list[int]]:
+    """Group layers of equal ``values [num_layers, ...]``.
+
+    Returns:
+        The first layer of each group, and the group of each layer.
+    """
+    groups: dict[bytes, int] = {}
+    first: list[int] = []
+    group_of_layer = []
+    for layer, row in enumerate(values):
+        group = groups.setdefault(row.tobytes(), len(groups))
+        if group == len(first):
+            first.append(layer)
+        group_of_layer.append(group)
+    return first, group_of_layer
 
 
 class _Chunks:

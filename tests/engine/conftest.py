@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""
     directory = tmp_path_factory.mktemp("models")
     found = {tiny.name: _tiny(tiny, directory) for tiny in (MHA, GQA, LONG)}
-    return found | {"smollm2": _embedded(directory)}
+    return found | {"smollm2": _embedded()}
 
 
 def _tiny(tiny: TinyLlama, directory: Path) -> Model:
@@ -64,12 +65,13 @@ def _tiny(tiny: TinyLlama, directory: Path) -> Model:
     return Model(path, shape, tiny.vocab_size, _profile(directory, shape))
 
 
-def _embedded(directory: Path) -> Model:
+def _embedded() -> Model:
     from kvserve.models import embedded_model
 
     path = embedded_model()
     shape = ModelShape(path.name, 30, 9, 3, 64)
-    return Model(path, shape, 49152, _profile(directory, shape))
+    shipped = files("policies") / "profiles" / path.name / "retrieval.json"
+    return Model(path, shape, 49152, Path(str(shipped)))
 
 
 def _profile(directory: Path, shape: ModelShape) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvserve.engine.rows import RowBuilder, RowShapes, StepRows
+from kvserve.engine.rows import RowShapes, StepRows
 from kvserve.plan import PagePlan
 from tests.reference.visibility import visible_positions
 from tests.unit.simulator import Batch, Request
@@ -28,8 +28,8 @@ class Label(NamedTuple):
 class PoolModel:
     """The content of the pool, as a run of the engine's steps would leave it."""
 
-    def __init__(self, plan: PagePlan, num_scratch: int, builder: RowBuilder) -> None:
-        self._plan, self._num_scratch, self._builder = plan, num_scratch, builder
+    def __init__(self, plan: PagePlan, num_scratch: int) -> None:
+        self._plan, self._num_scratch = plan, num_scratch
         self._content: dict[tuple[int, int], Label] = {}
 
     def run(self, batch: Batch, step: StepRows) -> None:
@@ -73,7 +73,7 @@ class PoolModel:
                 assert sorted(seen) == expected
 
     def _shape(self, step: StepRows, layer: int) -> RowShapes:
-        return step.shapes[self._builder.shape_of_layer[layer]]
+        return step.shapes[step.shape_of_layer[layer]]
 
     def _keys(self, pages: list[int], seq_len: int) -> list[Label]:
         size = self._plan.page_size

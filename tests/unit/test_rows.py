@@ -39,7 +39,7 @@ class Engine:
         self.tables = PageTables(plan, max_requests, MAX_TOKENS)
         self.builder = RowBuilder(plan, self.tables)
         num_scratch = scratch_pages(plan, token_budget, max_requests)
-        self.pool = PoolModel(plan, num_scratch, self.builder)
+        self.pool = PoolModel(plan, num_scratch)
 
     def step(self, batch: Batch) -> StepRows:
         self.tables.forget(batch.restarted)
@@ -123,7 +123,7 @@ def test_decode_rows_are_token_major_and_prefill_rows_head_major() -> None:
     chunk, blocks = [10], [1, 4, 4, 1]
     lengths = [
         np.diff(step.shapes[shape].query_start).tolist()
-        for shape in engine.builder.shape_of_layer
+        for shape in step.shape_of_layer
     ]
     assert lengths == [[1] * 4 + chunk + blocks, [1] * 4 + blocks + chunk]
 
@@ -131,9 +131,7 @@ def test_decode_rows_are_token_major_and_prefill_rows_head_major() -> None:
 def test_a_row_is_as_long_as_what_its_last_query_sees() -> None:
     engine = Engine(MIXED)
     step = mixed_step(engine)
-    seq_lens = [
-        step.shapes[shape].seq_lens.tolist() for shape in engine.builder.shape_of_layer
-    ]
+    seq_lens = [step.shapes[shape].seq_lens.tolist() for shape in step.shape_of_layer]
     assert seq_lens == [
         [14, 10, 6, 6, 13, 4, 8, 12, 9],
         [6, 14, 6, 6, 4, 8, 8, 5, 13],
@@ -144,9 +142,21 @@ def test_layers_of_equal_budgets_share_their_shapes() -> None:
     lanes = [[FULL_LANE, (1, 2)], [(1, 2), FULL_LANE], [FULL_LANE, (1, 2)]]
     engine = Engine(make_plan(4, lanes))
     step = mixed_step(engine)
-    first, second, third = engine.builder.shape_of_layer
+    first, second, third = step.shape_of_layer
     assert first == third != second
     assert len(step.shapes) == 2
+
+
+def test_layers_share_their_shapes_until_the_smaller_budget_is_full() -> None:
+    engine = Engine(make_plan(4, [[FULL_LANE, (1, 2)], [(1, 2), FULL_LANE]]))
+    alike, unlike = request(0), request(1)
+    engine.feed((alike, 8), (unlike, 16))
+    step = engine.feed((alike, 1), (unlike, 1))
+    assert len(step.shapes) == 2
+    engine, alike = Engine(engine.plan), request(2)
+    engine.feed((alike, 8))
+    step = engine.feed((alike, 1))
+    assert step.shape_of_layer == [0, 0]
 
 
 def test_a_decode_step_hands_out_the_tables_without_a_copy() -> None:
