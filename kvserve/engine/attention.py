@@ -126,18 +126,28 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         group, width = self._group_size, self.head_size
         if num_decodes == len(query):
             return query.reshape(-1, group, width)
-        decode, prefill = query[:num_decodes], query[num_decodes:]
-        by_head = prefill.reshape(-1, self._num_kv_heads, group, width)
-        head_major = by_head.transpose(0, 1)
-        return torch.cat(
-            [decode.reshape(-1, group, width), head_major.reshape(-1, group, width)]
+        rows = query.new_empty(len(query) * self._num_kv_heads, group, width)
+        rows[: num_decodes * self._num_kv_heads] = query[:num_decodes].reshape(
+            -1, group, width
         )
+        self._prefill_part(rows, num_decodes).copy_(
+            query[num_decodes:].reshape(-1, self._num_kv_heads, group * width)
+        )
+        return rows
 
     def _from_rows(
         self, rows: torch.Tensor, output: torch.Tensor, num_decodes: int
     ) -> None:
-        decode_rows = num_decodes * self._num_kv_heads
-        output[:num_decodes] = rows[:decode_rows].view(output[:num_decodes].shape)
-        by_head = (-1, self._num_kv_heads, self._group_size, self.head_size)
-        head_major = rows[decode_rows:].view(self._num_kv_heads, -1, *by_head[2:])
-        output[num_decodes:].view(by_head).copy_(head_major.transpose(0, 1))
+        decode = rows[: num_decodes * self._num_kv_heads]
+        output[:num_decodes] = decode.view(output[:num_decodes].shape)
+        prefill = output[num_decodes:]
+        by_head = self._group_size * self.head_size
+        prefill.view(len(prefill), self._num_kv_heads, by_head).copy_(
+            self._prefill_part(rows, num_decodes)
+        )
+
+    def _prefill_part(self, rows: torch.Tensor, num_decodes: int) -> torch.Tensor:
+        """View head-major prefill rows by token, ``[tokens, H_kv, G * D]``."""
+        prefill = rows[num_decodes * self._num_kv_heads :]
+        by_head = prefill.view(self._num_kv_heads, -1, rows.shape[1] * rows.shape[2])
+        return by_head.transpose(0, 1)
