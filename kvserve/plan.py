@@ -157,6 +157,16 @@ class PagePlan:
         beyond = max(0, blocks - (len(offsets) - 1))
         return int(offsets[blocks - beyond]) + beyond * self._num_full_lanes
 
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a request needs on its way to ``tokens`` tokens."""
+        return self.pages(tokens)
+
+    @property
+    def full(self) -> PagePlan:
+        """The plan of the same model that evicts nothing."""
+        nothing = ((0,) * self.num_kv_heads,) * self.num_layers
+        return replace(self, sinks=nothing, windows=nothing)
+
     def list_index(self, slot: IntArray) -> IntArray:
         """Index into the request's page list of each lane's ``slot``.
 
@@ -246,12 +256,6 @@ class PagePlan:
             if position // self.page_size < sinks
             or position // self.page_size >= oldest
         ]
-
-
-def full_plan(plan: PagePlan) -> PagePlan:
-    """Return the plan of the same model that evicts nothing."""
-    nothing = ((0,) * plan.num_kv_heads,) * plan.num_layers
-    return replace(plan, sinks=nothing, windows=nothing)
 
 
 def scratch_pages(plan: PagePlan, max_tokens: int, max_requests: int) -> int:

@@ -8,8 +8,10 @@ def register() -> None:
     """Teach vLLM's scheduler about head pages; nothing changes until they are used."""
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
-    from kvserve.engine.spec import HeadPagedSpec
+    from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadPagedSpec, HeadPagedManager)
+    KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a cache policy.
 
-A policy says, for every KV head of a model, how many tokens it may keep. It works in
-tokens and heads alone: pages, slots and kernels are the engine's business. A policy
-is a frozen dataclass whose fields are its paper's parameters, so that it is its own
-configuration, compares by value and travels between processes.
+A policy says what every KV head of a model keeps. It works in tokens and heads alone:
+pages, slots and kernels are the engine's business. A policy is a frozen dataclass
+whose fields are its paper's parameters, so that it is its own configuration, compares
+by value and travels between processes.
+
+* A :class:`StreamingPolicy` decides by position: which first and last tokens a head
+  keeps. Pages are freed while the prompt is read.
+* A :class:`DensePolicy` decides by content, once the whole prompt is read with full
+  attention: how many tokens each lane of a layer keeps is a function of the prompt's
+  length, which tokens and for which head is a function of attention.
 """
 
 from __future__ import annotations
@@ -12,9 +18,12 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvserve.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,15 @@ class Policy(ABC):
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities]
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_range(self.name, field, getattr(self, field.name))
+
+
+@dataclass(frozen=True)
+class StreamingPolicy(Policy):
+    """A policy that decides by position alone."""
+
     @abstractmethod
     def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
         """Decide what every KV head of ``model`` keeps.
@@ -108,9 +126,102 @@ class Policy(ABC):
             UserError: the policy cannot serve this model.
         """
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_range(self.name, field, getattr(self, field.name))
+
+Tail = Literal["append", "ring", "heavy"]
+"""What becomes of generated tokens: ``append`` keeps them all, ``ring`` writes over
+the oldest of the last ``recent`` tokens, ``heavy`` over the token outside of the last
+``recent`` that has drawn the least attention."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one lane of a layer keeps after a dense prefill.
+
+    Attributes:
+        keep: Prompt tokens that it keeps.
+        tail: What becomes of generated tokens.
+        recent: Last tokens that are safe; for ``ring`` and ``heavy`` only.
+        limit: Tokens from which a ``heavy`` lane evicts; it holds one more, for each
+            token takes part in the attention of its own step.
+    """
+
+    keep: int
+    tail: Tail = "append"
+    recent: int = 0
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one layer knows when the last token of a prompt has been attended to.
+
+    Attributes:
+        keys, values: Of all ``N`` tokens, ``[H_kv, N, d]``, float32.
+        queries: Of the last ``L`` tokens, ``[H_q, L, d]``, float32; ``L`` is the
+            policy's ``observation_window`` or ``N`` if that is less.
+        scale: Factor of logits.
+        mass: Attention that each token received from all queries, the sum over the
+            query heads of a group, ``[H_kv, N]``, float32; ``None`` for policies
+            whose record does not ask for it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    scale: float
+    mass: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the lanes of one layer keep, lane by lane.
+
+    Attributes:
+        head_of_lane: KV head that owns each lane: a permutation.
+        positions: Prompt positions that each lane keeps, ascending, ``keep`` of them.
+    """
+
+    head_of_lane: list[int]
+    positions: list[Tensor]
+
+
+@dataclass(frozen=True)
+class DensePolicy(Policy):
+    """A policy that reads the prompt with full attention and then selects."""
+
+    @property
+    def observation_window(self) -> int:
+        """Last queries of the prompt that :meth:`select` looks at."""
+        return 0
+
+    @abstractmethod
+    def lanes(self, model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:
+        """Size the lanes of a prompt of ``tokens`` tokens.
+
+        A pure function, for the scheduler counts pages by it and the worker fills
+        them. A prompt that is kept whole has lanes of ``Lane(tokens)``.
+
+        Returns:
+            Lanes of shape ``[num_layers][num_kv_heads]``.
+
+        Raises:
+            UserError: the policy cannot serve this model.
+        """
+
+    @abstractmethod
+    def select(
+        self, model: ModelShape, layer: int, prompt: Prompt, lanes: tuple[Lane, ...]
+    ) -> Selection:
+        """Choose what the lanes of one layer keep.
+
+        Args:
+            layer: Index of the layer.
+            lanes: What :meth:`lanes` gave for it.
+        """
 
 
 def _check_range(policy: str, field: dataclasses.Field[Any], value: Any) -> None:

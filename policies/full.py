@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.base import FULL, Capabilities, HeadBudget, ModelShape, Policy
+from policies.base import FULL, Capabilities, HeadBudget, ModelShape, StreamingPolicy
 
 
 @dataclass(frozen=True)
-class Full(Policy):
+class Full(StreamingPolicy):
     """Every KV head keeps every token, as stock vLLM does."""
 
     name: ClassVar[str] = "full"

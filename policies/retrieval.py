@@ -15,14 +15,14 @@ from policies.base import (
     Capabilities,
     HeadBudget,
     ModelShape,
-    Policy,
+    StreamingPolicy,
     parameter,
 )
 from policies.head_scores import load_head_scores, top_heads
 
 
 @dataclass(frozen=True)
-class Retrieval(Policy):
+class Retrieval(StreamingPolicy):
     """The KV heads with the highest retrieval scores keep every token."""
 
     name: ClassVar[str] = "retrieval"

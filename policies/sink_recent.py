@@ -11,11 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.base import Capabilities, HeadBudget, ModelShape, Policy, parameter
+from policies.base import (
+    Capabilities,
+    HeadBudget,
+    ModelShape,
+    StreamingPolicy,
+    parameter,
+)
 
 
 @dataclass(frozen=True)
-class SinkRecent(Policy):
+class SinkRecent(StreamingPolicy):
     """Every KV head keeps the first ``sinks`` and the last ``recent`` tokens."""
 
     name: ClassVar[str] = "sink-recent"

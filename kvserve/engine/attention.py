@@ -93,11 +93,11 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             return output
         meta, this = attn_metadata, self._layer_index
         tokens, width = meta.num_actual_tokens, self.head_size
-        self._device.write(
+        self._write(
             key[:tokens].reshape(-1, width),
             value[:tokens].reshape(-1, width),
             kv_cache,
-            meta.slots[this],
+            meta,
         )
         query_rows = self._to_rows(query[:tokens], meta.num_decode_tokens)
         only_decode = meta.num_decode_tokens == tokens
@@ -119,7 +119,24 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         if meta.copies and len(meta.copies[this][0]):
             source, target = meta.copies[this]
             kv_cache[target] = kv_cache[source]
+        self._observe(query[:tokens], kv_cache, meta)
         return output
+
+    def _write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: HeadPagedMetadata,
+    ) -> None:
+        """Store this step's keys and values, ``[tokens * H_kv, D]``."""
+        slots = meta.slots[self._layer_index]
+        self._device.write(key, value, kv_cache, slots)
+
+    def _observe(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
+    ) -> None:
+        """Look at the step once it is attended to; policies of positions need not."""
 
     def _to_rows(self, query: torch.Tensor, num_decodes: int) -> torch.Tensor:
         """Lay queries out as rows want them, ``[tokens * H_kv, G, D]``."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -79,17 +79,25 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             kv_cache_spec.head_size,
             kv_cache_spec.block_size,
         )
-        self.tables = PageTables(
-            kv_cache_spec.plan,
-            vllm_config.scheduler_config.max_num_seqs,
-            model.max_model_len,
-        )
-        self._rows = RowBuilder(kv_cache_spec.plan, self.tables)
+        self.tables, self._rows = self._make_tables(vllm_config)
         self._input_batch: Any = None
+
+    def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
+        spec = cast(HeadPagedSpec, self.kv_cache_spec)
+        tables = PageTables(
+            spec.plan,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+        return tables, RowBuilder(spec.plan, tables)
 
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""
         self._input_batch = input_batch
+
+    def _requests(self, common: CommonAttentionMetadata) -> list[str]:
+        requests: list[str] = self._input_batch.req_ids[: common.num_reqs]
+        return requests
 
     def build(
         self,
@@ -100,7 +108,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         common = common_attn_metadata
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
-        requests: list[str] = self._input_batch.req_ids[: common.num_reqs]
+        requests = self._requests(common)
         self.tables.refresh(requests, common.block_table_tensor.numpy(), seq_lens)
         step = self._rows.build(query_start, seq_lens)
         prepared = [self.kernels.plan_rows(shape) for shape in step.shapes]

@@ -10,10 +10,9 @@ from vllm.config import VllmConfig
 from kvserve.engine.options import engine_options
 from kvserve.engine.preflight import check_start, page_bytes_of
 from kvserve.engine.serve import add_policy_arguments, choose_policy
-from kvserve.engine.support import plan_of
+from kvserve.engine.support import plan_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
-from kvserve.plan import full_plan, scratch_pages
 from kvserve.units import format_bytes, parse_bytes
 
 _EXAMPLES = """examples:
@@ -65,12 +64,8 @@ def plan(argv: list[str]) -> int:
 
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     ours = plan_of(config)
-    full = full_plan(ours)
-    scheduler = config.scheduler_config
+    full, scratch = ours.full, scratch_of(config, ours)
     page = page_bytes_of(config)
-    scratch = scratch_pages(
-        ours, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    )
     pool, full_pool = memory // page - scratch - 1, memory // page - 1
     lines = [
         f"pool {format_bytes(memory)} of {format_bytes(page)} pages; "
@@ -82,7 +77,9 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     needless = []
     for length in _lengths(config.model_config.max_model_len):
         held, held_full = ours.pages(length), full.pages(length)
-        fits, fits_full = pool // held, full_pool // held_full
+        # All but the last to come have read their prompts.
+        fits = (pool - ours.most_pages(length)) // held + 1
+        fits_full = full_pool // held_full
         gain = fits / fits_full if fits_full else float("inf")
         lines.append(
             f"{length:>8} {format_bytes(held * page):>14} "

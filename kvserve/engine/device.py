@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,11 @@ class Device(Protocol):
     ) -> None:
         """Store keys and values ``[n, head_size]`` at ``slots [n]``."""
 
+    def read(
+        self, pool: torch.Tensor, pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of ``pages``, ``[*pages.shape, page_size, D]``."""
+
     def attend(
         self,
         query: torch.Tensor,
@@ -56,6 +62,7 @@ class CPUDevice:
         self._dtype = dtype
         self._group_size = group_size
         self._head_size = head_size
+        self._page_size = page_size
         self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
 
     def plan_rows(self, shapes: RowShapes) -> Any:
@@ -87,6 +94,37 @@ class CPUDevice:
         ops.cpu_attn_reshape_and_cache(
             key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
         )
+
+    def read(
+        self, pool: torch.Tensor, pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        content = pool[pages].reshape(*pages.shape, 2, -1)
+        shape = (*pages.shape, self._page_size, self._head_size)
+        keys, values = (
+            content[..., half, order].view(shape)
+            for half, order in enumerate(self._order)
+        )
+        return keys, values
+
+    @cached_property
+    def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in its half of a page each key and value element lies.
+
+        Kernels lay keys out as their instructions like them. What they do is found
+        by writing numbered elements, one base-128 digit after the other, since every
+        type holds those exactly.
+        """
+        size, width = self._page_size, self._head_size
+        number = torch.arange(size * width).view(size, width)
+        slots = torch.arange(size)
+        found = torch.zeros(2, size * width, dtype=torch.long)
+        for digit in range(4):
+            pool = torch.zeros(1, 1, size, 2 * width, dtype=self._dtype)
+            element = (number // 128**digit % 128).to(self._dtype)
+            self.write(element, element, pool, slots)
+            found += pool.view(2, -1).long() * 128**digit
+        keys, values = found.argsort(dim=1)
+        return keys, values
 
     def attend(
         self,

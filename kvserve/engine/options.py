@@ -18,8 +18,10 @@ from vllm.platforms import current_platform
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
+from policies.base import DensePolicy
 
 _WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
+_SCHEDULER = "kvserve.engine.dense_scheduler.DenseScheduler"
 _STOCK = "or serve with stock vLLM: `--policy none`"
 
 _REFUSED: dict[str, str] = {
@@ -83,8 +85,23 @@ def engine_options(
         "block_size": block_size,
         "enable_prefix_caching": False,
         "worker_cls": _WORKER,
+        **_scheduler_for(settings, options),
         "additional_config": {**additional, **settings.to_additional_config()},
     }
+
+
+def _scheduler_for(
+    settings: PolicySettings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Name the scheduler of a dense policy; others run under vLLM's own."""
+    if not isinstance(settings.create_policy(), DensePolicy):
+        return {}
+    if options.get("scheduler_cls") not in (None, _SCHEDULER):
+        raise UserError(
+            f"--scheduler-cls={options['scheduler_cls']}: --policy {settings.policy} "
+            "cuts prompts by a scheduler of its own; leave it out"
+        )
+    return {"scheduler_cls": _SCHEDULER}
 
 
 def prepare_environment() -> None:

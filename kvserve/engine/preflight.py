@@ -16,10 +16,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import get_dtype_size
 
+from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.support import check_model, plan_of
+from kvserve.engine.support import check_batch, check_model, plan_of, scratch_of
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, scratch_pages
+from kvserve.plan import PagePlan
 from kvserve.units import format_bytes
 
 
@@ -50,6 +51,7 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     if announce:
         name = PolicySettings.from_config(config).policy
         print(f"kvserve: policy {name}: {plan.describe()}", file=sys.stderr)
+    check_batch(config, plan)
     check_pool(config, plan)
     return config
 
@@ -61,7 +63,7 @@ def page_bytes_of(config: VllmConfig) -> int:
     return values * get_dtype_size(cast(torch.dtype, model.dtype))
 
 
-def check_pool(config: VllmConfig, plan: PagePlan) -> None:
+def check_pool(config: VllmConfig, plan: PagePlan | DenseRule) -> None:
     """Refuse a pool that cannot hold one request of the longest length.
 
     A pool that vLLM sizes itself is checked by the engine process.
@@ -71,12 +73,10 @@ def check_pool(config: VllmConfig, plan: PagePlan) -> None:
         size = int(envs.VLLM_CPU_KVCACHE_SPACE * GiB_bytes)
     if size is None:
         return
-    scheduler, length = config.scheduler_config, config.model_config.max_model_len
-    scratch = scratch_pages(
-        plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    )
+    length = config.model_config.max_model_len
     # One page more: vLLM's block 0 is never given out.
-    needed = (plan.pages(length) + scratch + 1) * page_bytes_of(config)
+    pages = plan.most_pages(length) + scratch_of(config, plan) + 1
+    needed = pages * page_bytes_of(config)
     if size < needed:
         raise UserError(
             f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "

@@ -66,8 +66,8 @@ class RowBuilder:
     def __init__(self, plan: PagePlan, tables: PageTables) -> None:
         self._plan = plan
         self._tables = tables
-        lanes = np.stack([plan.sink_array, plan.window_array], axis=-1)
-        self._alike = _alike_layers(lanes)
+        lanes = [plan.sink_array, plan.window_array]
+        self._lanes = np.concatenate(lanes, axis=1)
 
     def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
         """Build the rows of a batch whose one-token requests come first.
@@ -85,7 +85,9 @@ class RowBuilder:
             return self._decode_only(decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
         slots = np.concatenate([slots, chunks.slots()], axis=1)
-        exemplars, shape_of_layer = self._alike
+        exemplars, shape_of_layer = _alike_layers(
+            np.concatenate([self._lanes, decode_lens], axis=1)
+        )
         shapes = [
             self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
         ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kvserve.dense_plan import DenseRule
 from kvserve.plan import PagePlan
 
 
@@ -39,3 +40,17 @@ class HeadPagedSpec(AttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.plan.pages(max_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePagedSpec(HeadPagedSpec):
+    """Head pages of a policy that selects after a dense prefill.
+
+    ``plan`` is that of a full cache, which a request holds while it reads its prompt.
+    """
+
+    rule: DenseRule
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        # Lanes open pages at different times: each may hold one more than the plan.
+        return self.plan.pages(max_len) + self.plan.capacity.size

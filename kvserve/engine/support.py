@@ -12,10 +12,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
+from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan
-from policies.base import ModelShape
+from kvserve.plan import PagePlan, scratch_pages
+from policies.base import DensePolicy, ModelShape, StreamingPolicy
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 
@@ -32,14 +33,52 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
     )
 
 
-def plan_of(vllm_config: VllmConfig) -> PagePlan:
-    """Make the page plan of the policy that a configuration names."""
+def plan_of(vllm_config: VllmConfig) -> PagePlan | DenseRule:
+    """Make the page plan of the policy that a configuration names.
+
+    Returns:
+        The plan of all requests of a streaming policy, the rule that makes each
+        request's plan of a dense one.
+    """
     policy = PolicySettings.from_config(vllm_config).create_policy()
-    return PagePlan.from_budgets(
-        policy.budgets(model_shape_of(vllm_config)),
-        vllm_config.cache_config.block_size,
-        vllm_config.model_config.max_model_len,
+    model = model_shape_of(vllm_config)
+    page_size = vllm_config.cache_config.block_size
+    max_tokens = vllm_config.model_config.max_model_len
+    if isinstance(policy, DensePolicy):
+        rule = DenseRule(policy, model, page_size, max_tokens)
+        rule.plan(max_tokens)  # refuses a model that the policy cannot serve
+        return rule
+    if isinstance(policy, StreamingPolicy):
+        return PagePlan.from_budgets(policy.budgets(model), page_size, max_tokens)
+    raise UserError(
+        f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
     )
+
+
+def scratch_of(vllm_config: VllmConfig, plan: PagePlan | DenseRule) -> int:
+    """Pages that prefill needs beside what requests hold."""
+    if isinstance(plan, DenseRule):
+        return 0
+    scheduler = vllm_config.scheduler_config
+    return scratch_pages(plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+
+
+def check_batch(vllm_config: VllmConfig, plan: PagePlan | DenseRule) -> None:
+    """Refuse steps too short for the last chunk of a dense prefill.
+
+    Raises:
+        UserError: names the flag and the least value.
+    """
+    if not isinstance(plan, DenseRule):
+        return
+    scheduler = vllm_config.scheduler_config
+    least = plan.policy.observation_window + scheduler.max_num_seqs
+    if scheduler.max_num_batched_tokens < least:
+        raise UserError(
+            f"--max-num-batched-tokens={scheduler.max_num_batched_tokens}: policy "
+            f"{plan.policy.name} reads the end of a prompt in one step beside "
+            f"--max-num-seqs={scheduler.max_num_seqs} others; give at least {least}"
+        )
 
 
 def check_model(vllm_config: VllmConfig) -> None:

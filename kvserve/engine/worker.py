@@ -19,19 +19,24 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from kvserve.dense_plan import DenseRule
 from kvserve.engine.attention import HeadPagedAttention
 from kvserve.engine.backend import HeadPagedMetadataBuilder
-from kvserve.engine.spec import HeadPagedSpec
-from kvserve.engine.support import check_layers, plan_of
-from kvserve.plan import scratch_pages
+from kvserve.engine.dense_attention import DensePagedAttention
+from kvserve.engine.dense_backend import DenseMetadataBuilder
+from kvserve.engine.dense_tables import DenseTables
+from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
+from kvserve.engine.support import check_layers, plan_of, scratch_of
+from kvserve.plan import PagePlan
 
-_BACKEND = "kvserve.engine.backend.HeadPagedBackend"
+_STREAMING = "kvserve.engine.backend.HeadPagedBackend"
+_DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
 
 
 @contextmanager
-def _head_paged_backend() -> Iterator[None]:
+def _attention_backend(path: str) -> Iterator[None]:
     """Let layers built inside resolve to our backend, and only those."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND)
+    register_backend(AttentionBackendEnum.CPU_ATTN, path)
     selector._cached_get_attn_backend.cache_clear()
     try:
         yield
@@ -44,9 +49,12 @@ class HeadPagedCPUWorker(CPUWorker):
     """A CPU worker whose KV cache is a pool of head pages under a policy."""
 
     _builder: HeadPagedMetadataBuilder
+    _plan: PagePlan | DenseRule
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with _head_paged_backend():
+        self._plan = plan_of(self.vllm_config)
+        is_dense = isinstance(self._plan, DenseRule)
+        with _attention_backend(_DENSE if is_dense else _STREAMING):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
         check_layers(self.vllm_config, layers)
@@ -59,37 +67,47 @@ class HeadPagedCPUWorker(CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         stock = super().get_kv_cache_spec()
         first, spec = next(iter(stock.items()))
-        plan = plan_of(self.vllm_config)
-        scheduler = self.vllm_config.scheduler_config
-        scratch = scratch_pages(
-            plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        )
-        layer = self._attention_layers()[first]
-        return {
-            first: HeadPagedSpec(
-                block_size=spec.block_size,
-                num_kv_heads=1,
-                head_size=layer.head_size,
-                dtype=layer.kv_cache_torch_dtype,
-                plan=plan,
-                num_scratch_pages=scratch,
-            )
+        layer, plan = self._attention_layers()[first], self._plan
+        page: dict[str, Any] = {
+            "num_scratch_pages": scratch_of(self.vllm_config, plan),
+            "block_size": spec.block_size,
+            "num_kv_heads": 1,
+            "head_size": layer.head_size,
+            "dtype": layer.kv_cache_torch_dtype,
         }
+        if isinstance(plan, DenseRule):
+            return {first: DensePagedSpec(**page, plan=plan.full, rule=plan)}
+        return {first: HeadPagedSpec(**page, plan=plan)}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         (group,) = self.model_runner.attn_groups[0]
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
         self._builder.attach(self.model_runner.input_batch)
-        for index, layer in enumerate(self._attention_layers().values()):
+        layers = self._attention_layers().values()
+        for index, layer in enumerate(layers):
             cast(HeadPagedAttention, layer.impl).bind(self._builder.kernels, index)
+        if isinstance(self._plan, DenseRule):
+            builder = cast(DenseMetadataBuilder, self._builder)
+            state = builder.make_state(next(iter(layers)).kv_cache)
+            for layer in layers:
+                impl = cast(DensePagedAttention, layer.impl)
+                impl.learn(self._plan.policy, self._plan.model, state)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        new = [request.req_id for request in scheduler_output.scheduled_new_reqs]
+        new = scheduler_output.scheduled_new_reqs
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        tables = self._builder.tables
         if new or resumed:
-            self._builder.tables.forget([*new, *resumed])
-        return super().execute_model(scheduler_output)
+            tables.forget([*(request.req_id for request in new), *resumed])
+        if not isinstance(tables, DenseTables):
+            return super().execute_model(scheduler_output)
+        tables.finish(list(scheduler_output.finished_req_ids))
+        for request in new:
+            tables.expect(request.req_id, len(request.prompt_token_ids or ()))
+        output = super().execute_model(scheduler_output)
+        cast(DenseMetadataBuilder, self._builder).settle()
+        return output
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)

@@ -105,6 +105,45 @@ class Engine:
         }
 
     @property
+    def rule(self) -> Any:
+        """The plan of every request, under a policy with a dense prefill."""
+        (group,) = self.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+        return group.kv_cache_spec.rule
+
+    def retained(self) -> dict[str, tuple[int, list[list[set[int]]]]]:
+        """Tokens computed and positions held of every settled request.
+
+        Positions are ``[num_layers][num_kv_heads]``, as the last step left them.
+        """
+        builder = self._core.model_executor.driver_worker.worker._builder
+        tables, state = builder.tables, builder._state
+        found = {}
+        for row, name in enumerate(tables._requests):
+            request = self.scheduler.requests.get(name)
+            if request is None or not tables.is_settled(name):
+                continue
+            tokens = request.num_computed_tokens
+            if tokens <= request.num_prompt_tokens:
+                continue
+            held = tokens - tables.dropped[:, row]
+            lanes = held.clip(max=tables.capacity[:, row])
+            found[name] = (
+                tokens,
+                [
+                    [
+                        set(
+                            state.position[torch.from_numpy(pages.astype("int64"))]
+                            .flatten()[: lanes[layer, head]]
+                            .tolist()
+                        )
+                        for head, pages in enumerate(tables.by_slot[layer, row])
+                    ]
+                    for layer in range(len(lanes))
+                ],
+            )
+        return found
+
+    @property
     def is_busy(self) -> bool:
         return bool(self._llm.llm_engine.has_unfinished_requests())
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, blocks_of, full_plan, scratch_pages
+from kvserve.plan import PagePlan, blocks_of, scratch_pages
 from policies.base import FULL, HeadBudget
 from tests.reference.visibility import held_positions, visible_positions
 from tests.unit.simulator import FULL_LANE, make_plan, plans, seeds
@@ -179,7 +179,7 @@ def test_a_plan_survives_the_trip_to_another_process(plan: PagePlan) -> None:
 @given(plans(), st.integers(0, 60))
 def test_the_full_plan_holds_every_block(plan: PagePlan, tokens: int) -> None:
     lanes = plan.num_layers * plan.num_kv_heads
-    full = full_plan(plan)
+    full = plan.full
     assert not full.has_bounded_lanes
     assert full.pages(tokens) == blocks_of(tokens, plan.page_size) * lanes
     assert full.pages(tokens) >= plan.pages(tokens)

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvserve.errors import UserError
 from kvserve.plan import PagePlan
-from policies.base import FULL, Capabilities, HeadBudget, ModelShape, Policy
+from policies.base import (
+    FULL,
+    Capabilities,
+    DensePolicy,
+    HeadBudget,
+    ModelShape,
+    Policy,
+    Prompt,
+    StreamingPolicy,
+)
 from policies.full import Full
 from policies.registry import available_policies, create_policy, parse_arguments
 from policies.retrieval import Retrieval
@@ -20,7 +30,17 @@ from policies.sink_recent import SinkRecent
 
 MODEL = ModelShape("toy", num_layers=2, num_query_heads=6, num_kv_heads=3, head_size=8)
 POLICIES = sorted({*available_policies().values()}, key=lambda cls: cls.name)
-every_policy = pytest.mark.parametrize("cls", POLICIES, ids=lambda cls: cls.name)
+
+
+def _each(base: type[Policy]) -> pytest.MarkDecorator:
+    """Run a test with every policy of a kind."""
+    found = [cls for cls in POLICIES if issubclass(cls, base)]
+    return pytest.mark.parametrize("cls", found, ids=lambda cls: cls.name)
+
+
+every_policy = _each(Policy)
+every_streaming_policy = _each(StreamingPolicy)
+every_dense_policy = _each(DensePolicy)
 
 
 @pytest.fixture
@@ -49,15 +69,52 @@ def refusal(name: str, arguments: dict[str, Any] | None = None) -> str:
 # What holds for every policy.
 
 
-@every_policy
+@every_streaming_policy
 def test_budgets_have_one_entry_per_layer_and_kv_head(
-    cls: type[Policy], required: dict[str, dict[str, Any]]
+    cls: type[StreamingPolicy], required: dict[str, dict[str, Any]]
 ) -> None:
     budgets = cls(**required.get(cls.name, {})).budgets(MODEL)
     assert [len(layer) for layer in budgets] == [3, 3]
     assert all(isinstance(head, HeadBudget) for layer in budgets for head in layer)
     plan = PagePlan.from_budgets(budgets, 32)
     assert plan.capacity.shape == (2, 3)
+
+
+@every_dense_policy
+@pytest.mark.parametrize("tokens", [1, 40, 700, 5000])
+def test_lanes_have_one_entry_per_layer_and_kv_head(
+    cls: type[DensePolicy], tokens: int
+) -> None:
+    lanes = cls().lanes(MODEL, tokens)
+    assert [len(layer) for layer in lanes] == [3, 3]
+    assert all(0 < lane.keep <= tokens for layer in lanes for lane in layer)
+
+
+@every_dense_policy
+@pytest.mark.parametrize("tokens", [600, 1500])
+def test_a_selection_fills_its_lanes_and_gives_each_head_one(
+    cls: type[DensePolicy], tokens: int
+) -> None:
+    policy = cls()
+    random = torch.Generator().manual_seed(tokens)
+    window = min(policy.observation_window, tokens)
+    prompt = Prompt(
+        keys=torch.randn(3, tokens, 8, generator=random),
+        values=torch.randn(3, tokens, 8, generator=random),
+        queries=torch.randn(6, window, 8, generator=random),
+        scale=1.0,
+        mass=torch.rand(3, tokens, generator=random),
+    )
+    for layer, lanes in enumerate(policy.lanes(MODEL, tokens)):
+        if all(lane.keep == tokens for lane in lanes):
+            continue
+        chosen = policy.select(MODEL, layer, prompt, lanes)
+        assert sorted(chosen.head_of_lane) == [0, 1, 2]
+        for lane, positions in zip(lanes, chosen.positions, strict=True):
+            kept = positions.tolist()
+            assert len(kept) == len(set(kept)) == lane.keep
+            assert kept == sorted(kept)
+            assert 0 <= kept[0] <= kept[-1] == tokens - 1
 
 
 @every_policy
@@ -70,6 +127,7 @@ def test_a_policy_carries_its_paper_and_capabilities(cls: type[Policy]) -> None:
     assert cls.paper
     assert isinstance(cls.capabilities, Capabilities)
     assert cls.capabilities.prefill in ("streaming", "dense")
+    assert (cls.capabilities.prefill == "dense") == issubclass(cls, DensePolicy)
     if cls.capabilities.position_only:
         assert not cls.capabilities.scores_tokens
         assert cls.capabilities.chunk_invariant
@@ -162,8 +220,8 @@ def test_a_whole_number_will_do_for_a_ratio() -> None:
 
 
 def test_an_unknown_policy_is_answered_with_those_there_are() -> None:
-    message = refusal("snapkv")
-    assert message.startswith("--policy snapkv: unknown; choose one of ")
+    message = refusal("quest")
+    assert message.startswith("--policy quest: unknown; choose one of ")
     assert all(name in message for name in available_policies())
 
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend of policies that select after a dense prefill."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from kvserve.engine.attention import HeadPagedMetadata
+from kvserve.engine.backend import HeadPagedBackend, HeadPagedMetadataBuilder
+from kvserve.engine.dense_attention import (
+    DenseMetadata,
+    DensePagedAttention,
+    Reader,
+    Survivors,
+    TokenState,
+)
+from kvserve.engine.dense_tables import DenseRowBuilder, DenseTables
+from kvserve.engine.page_tables import PageArray, PageTables
+from kvserve.engine.rows import RowBuilder
+from kvserve.engine.spec import DensePagedSpec
+from kvserve.plan import IntArray
+
+
+class DensePagedBackend(HeadPagedBackend):
+    """Stands in for ``CPU_ATTN`` like its base."""
+
+    @staticmethod
+    def get_impl_cls() -> type[DensePagedAttention]:
+        return DensePagedAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        return DenseMetadataBuilder
+
+
+class DenseMetadataBuilder(HeadPagedMetadataBuilder):
+    """Builds a step's rows, and moves survivors when all its layers are done."""
+
+    tables: DenseTables
+    kv_cache_spec: DensePagedSpec
+
+    def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
+        tables = DenseTables(
+            self.kv_cache_spec.rule,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+        self._step: DenseMetadata | None = None
+        self._page_lists: dict[str, PageArray] = {}
+        return tables, DenseRowBuilder(tables)
+
+    def make_state(self, pool: torch.Tensor) -> TokenState:
+        """Make room for what is remembered of each cached token."""
+        shape = pool.shape[0], pool.shape[2]
+        asked = self.kv_cache_spec.rule.policy.capabilities.statistics
+        self._pool = pool
+        self._state = TokenState(
+            torch.full(shape, -1, dtype=torch.int32),
+            torch.zeros(shape) if "attention mass" in asked else None,
+        )
+        return self._state
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> HeadPagedMetadata:
+        common = common_attn_metadata
+        base = super().build(common_prefix_len, common, fast_build)
+        seq_lens = common.seq_lens.numpy().astype(np.int64)
+        query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
+        rows = slice(base.num_decode_tokens)
+        tables = self.tables
+        held = tables.lane_tokens(seq_lens[rows])
+        full = seq_lens[rows, None] - tables.dropped[:, rows] > held
+        self._step = DenseMetadata(
+            **{one.name: getattr(base, one.name) for one in fields(base)},
+            positions=torch.from_numpy(_positions(query_start, seq_lens)),
+            lengths=_by_row(held),
+            heavy=_by_row(full & tables.heavy[:, rows]),
+            protected=_by_row(tables.protected[:, rows]),
+            readers=self._readers(common, query_start, seq_lens),
+        )
+        return self._step
+
+    def _readers(
+        self,
+        common: CommonAttentionMetadata,
+        query_start: IntArray,
+        seq_lens: IntArray,
+    ) -> list[Reader]:
+        readers = []
+        lists = common.block_table_tensor.numpy()
+        for row, name in enumerate(self._requests(common)):
+            plan = self.tables.plan_of(name)
+            length = int(seq_lens[row])
+            if length > plan.prompt_tokens:
+                continue
+            blocks = -(-length // plan.page_size)
+            pages = self.tables.by_slot[:, row, :, :blocks].astype(np.int64)
+            tokens = slice(int(query_start[row]), int(query_start[row + 1]))
+            reader = Reader(name, plan, tokens, length, torch.from_numpy(pages))
+            if reader.is_done:
+                self._page_lists[name] = lists[row, : plan.kept_entries].copy()
+            readers.append(reader)
+        return readers
+
+    def settle(self) -> None:
+        """Move survivors to the front of their requests' page lists."""
+        step, self._step = self._step, None
+        for request_id, layers in (step.survivors if step else {}).items():
+            self._settle(request_id, layers, self._page_lists.pop(request_id))
+
+    def _settle(
+        self, request_id: str, layers: list[Survivors], pages: PageArray
+    ) -> None:
+        plan, size = self.tables.plan_of(request_id), self._pool.shape[2]
+        # Lanes begin at page boundaries: count places, lane after lane.
+        keep = plan.keep.ravel()
+        blocks = -(-keep // size)
+        first = np.repeat((blocks.cumsum() - blocks) * size, keep)
+        within = np.arange(keep.sum()) - np.repeat(keep.cumsum() - keep, keep)
+        place = first + within
+        page = pages[place // size].astype(np.int64)
+        slots = torch.from_numpy(page * size + place % size)
+        dtype = self._pool.dtype
+        keys = torch.cat([layer.keys for layer in layers]).to(dtype)
+        values = torch.cat([layer.values for layer in layers]).to(dtype)
+        self.kernels.write(keys, values, self._pool, slots)
+        state = self._state
+        positions = torch.cat([layer.positions for layer in layers])
+        state.position.view(-1)[slots] = positions.int()
+        if state.mass is not None:
+            masses = [layer.mass for layer in layers if layer.mass is not None]
+            state.mass.view(-1)[slots] = torch.cat(masses)
+        heads = np.array([layer.selection.head_of_lane for layer in layers])
+        self.tables.settle(request_id, heads.argsort(axis=1))
+
+
+def _by_row(by_lane: Any) -> torch.Tensor:
+    """Flatten ``[num_layers, rows, num_kv_heads]`` to kernel rows of each layer."""
+    return torch.from_numpy(by_lane.reshape(len(by_lane), -1))
+
+
+def _positions(query_start: IntArray, seq_lens: IntArray) -> IntArray:
+    lengths = np.diff(query_start)
+    last = np.repeat(seq_lens - query_start[1:], lengths)
+    positions: IntArray = last + np.arange(query_start[-1])
+    return positions

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies that select after a dense prefill: kept tokens, logits, pages, order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import Model
+from tests.engine.harness import MIB, PAGE, EngineSlot, random_prompts
+from tests.engine.test_oracle import TOLERANCE, relative_error
+from tests.reference.dense_model import DenseLlama
+from tests.reference.dense_policies import (
+    H2OReference,
+    Reference,
+    SnapKVReference,
+    TaskKVReference,
+)
+
+pytestmark = pytest.mark.engine
+
+STEPS = 64
+BATCHES = {"batch 1": [333], "ragged batch 4": [129, 401, 257, 310]}
+_H2O = {"heavy": 40, "recent": 48}
+_TASK = {"budget": 0.5, "beta": 0.5, "m": 1, "sinks": 8, "recent": 40}
+ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "snapkv": ("snapkv", {"capacity": 100, "window": 16}),
+    "h2o": ("h2o", _H2O),
+    "h2o by count": ("h2o", {**_H2O, "norm": "count"}),
+    "h2o after prefill": ("h2o", {**_H2O, "decode": False}),
+    "heterogeneous": ("heterogeneous", _TASK),
+    "heterogeneous, bounded": ("heterogeneous", {**_TASK, "bounded_tail": True}),
+}
+CASES = pytest.mark.parametrize("case", ARGUMENTS)
+
+
+def reference_of(case: str, model: Model) -> Reference:
+    _, values = ARGUMENTS[case]
+    if case.startswith("h2o"):
+        return H2OReference(
+            values["heavy"],
+            values["recent"],
+            count=values.get("norm") == "count",
+            decode=values.get("decode", True),
+        )
+    if case == "snapkv":
+        return SnapKVReference(values["capacity"], values["window"])
+    return TaskKVReference(
+        num_layers=model.shape.num_layers,
+        budget=str(values["budget"]),
+        beta=str(values["beta"]),
+        m=values["m"],
+        sinks=values["sinks"],
+        recent=values["recent"],
+        bounded_tail=values.get("bounded_tail", False),
+    )
+
+
+@CASES
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa"])
+def test_kept_tokens_and_logits_are_those_of_the_reference(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    name: str,
+    lengths: list[int],
+    case: str,
+) -> None:
+    model = models[name]
+    policy, values = ARGUMENTS[case]
+    engine = engines.start(
+        model.path,
+        policy,
+        values,
+        max_num_batched_tokens=200,
+        logprobs_mode="raw_logits",
+    )
+    prompts = random_prompts(lengths, model.vocab, seed=len(lengths))
+    names = [engine.add(prompt, STEPS, logprobs=-1) for prompt in prompts]
+    held = {}
+    while engine.is_busy:
+        held.update(engine.retained())
+        engine.step()
+    oracle, reference = DenseLlama(model.path), reference_of(case, model)
+    for request, prompt in zip(names, prompts, strict=True):
+        reply = engine.replies.pop(request)
+        tokens = prompt + reply.tokens[:-1]
+        found = torch.stack(reply.logits)
+        expected, _ = oracle.reply_logits(tokens, len(prompt), reference)
+        assert relative_error(found, expected).max() < TOLERANCE
+        assert expected.argmax(dim=1).tolist() == reply.tokens
+        length, kept = held[request]
+        _, should = oracle.reply_logits(tokens[:length], len(prompt), reference)
+        assert kept == should
+
+
+@CASES
+def test_a_reply_depends_on_neither_chunks_nor_neighbours_nor_preemption(
+    engines: EngineSlot, models: dict[str, Model], case: str
+) -> None:
+    model = models["tiny-gqa"]
+    policy, values = ARGUMENTS[case]
+    prompts = random_prompts([333, 90, 217], model.vocab, seed=3)
+    alone = []
+    engine = engines.start(model.path, policy, values, max_num_batched_tokens=1024)
+    for prompt in prompts:
+        alone += engine.generate([prompt], 40)
+    expected = [reply.tokens for reply in alone]
+    together = engine.generate(prompts[::-1], 40)[::-1]
+    assert [reply.tokens for reply in together] == expected
+    for chunk in (64, 200):
+        engine = engines.start(model.path, policy, values, max_num_batched_tokens=chunk)
+        names = [engine.add(prompt, 40) for prompt in prompts]
+        for _ in range(25):
+            engine.step()
+        engine.preempt_all()
+        engine.finish()
+        replies = [engine.replies.pop(name) for name in names]
+        assert [reply.tokens for reply in replies] == expected
+        assert any(reply.preemptions for reply in replies)
+        assert engine.pages_held == {}
+
+
+@CASES
+def test_pages_held_are_those_of_the_plan(
+    engines: EngineSlot, models: dict[str, Model], case: str
+) -> None:
+    model = models["tiny-gqa"]
+    policy, values = ARGUMENTS[case]
+    engine = engines.start(model.path, policy, values, max_num_batched_tokens=128)
+    plan = engine.rule.plan(400)
+    (prompt,) = random_prompts([400], model.vocab, seed=1)
+    request = engine.add(prompt, 100)
+    free = engine.pages_for_requests
+    engine.step()
+    while engine.is_busy:
+        tokens = engine.scheduler.requests[request].num_computed_tokens
+        held = [page for page in engine.pages_held[request] if page]
+        # Pages of what did not survive are freed by the step that follows.
+        pages = plan.prompt_entries if tokens == 400 else plan.pages(tokens)
+        assert len(held) == len(set(held)) == pages
+        assert engine.pool.get_num_free_blocks() == free - pages
+        engine.step()
+    assert engine.pool.get_num_free_blocks() == free
+    full = engine.rule.full.pages(500)
+    assert plan.pages(500) < full * 0.8
+
+
+def test_two_prompts_that_cannot_both_be_dense_run_one_after_the_other(
+    engines: EngineSlot, models: dict[str, Model]
+) -> None:
+    model = models["tiny-gqa"]
+    policy, values = ARGUMENTS["h2o"]
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+    engine = engines.start(model.path, policy, values, **options)
+    prompts = random_prompts([900, 900, 900], model.vocab, seed=2)
+    expected = [engine.generate([prompt], 8)[0].tokens for prompt in prompts]
+    page_bytes = 2 * PAGE * model.shape.head_size * 4
+    pages = engine.rule.full.pages(900) * 3 // 2
+    # A pool that holds one dense prefill and several settled requests.
+    engine = engines.start(
+        model.path,
+        policy,
+        values,
+        **options,
+        max_model_len=960,
+        kv_cache_memory_bytes=pages * page_bytes,
+    )
+    replies = engine.generate(prompts, 8)
+    assert [reply.tokens for reply in replies] == expected
+    assert not any(reply.preemptions for reply in replies)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "heterogeneous"])
+def test_a_budget_of_the_whole_sequence_is_stock_vllm(
+    engines: EngineSlot, models: dict[str, Model], policy: str
+) -> None:
+    model = models["tiny-gqa"]
+    prompts = random_prompts([3, 64, 333, 700], model.vocab, seed=4)
+    options = {"max_num_batched_tokens": 200, "kv_cache_memory_bytes": 256 * MIB}
+    stock = engines.start(model.path, None, None, **options).generate(prompts, 32)
+    everything = {
+        "snapkv": {"capacity": 1024},
+        "h2o": {"heavy": 1000, "recent": 100},
+        "heterogeneous": {"budget": 1.0},
+    }
+    engine = engines.start(model.path, policy, everything[policy], **options)
+    ours = engine.generate(prompts, 32)
+    assert [reply.tokens for reply in ours] == [reply.tokens for reply in stock]
