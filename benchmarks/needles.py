@@ -79,9 +79,10 @@ def measure(spec: str, model: str, args: argparse.Namespace) -> dict[int, float]
         accuracy[length] = sum(scores) / len(scores)
     manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
     (group,) = manager.kv_cache_config.kv_cache_groups
-    plan = group.kv_cache_spec.plan
+    spec = group.kv_cache_spec
+    plan = getattr(spec, "rule", spec.plan)
     kept = {n: plan.pages(n) * plan.page_size for n in args.lengths}
-    lanes = plan.num_layers * plan.num_kv_heads
+    lanes = plan.full.capacity.size
     cells = " | ".join(
         f"{accuracy[n]:.2f} ({min(1.0, kept[n] / (n * lanes)):.0%})"
         for n in args.lengths
