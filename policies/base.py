@@ -28,13 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a policy may know of a model. ``name`` is for messages and profiles."""
+    """What a policy may know of a model and of how it is served.
+
+    ``name`` is for messages and profiles. ``max_tokens`` is the longest request that
+    the server takes, prompt and reply.
+    """
 
     name: str
     num_layers: int
     num_query_heads: int
     num_kv_heads: int
     head_size: int
+    max_tokens: int = 1 << 20
 
     @property
     def group_size(self) -> int:
@@ -114,6 +119,10 @@ class Policy(ABC):
 @dataclass(frozen=True)
 class StreamingPolicy(Policy):
     """A policy that decides by position alone."""
+
+    def remark(self, model: ModelShape) -> str:
+        """Say, when the server starts, what its user should know; may be empty."""
+        return ""
 
     @abstractmethod
     def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:

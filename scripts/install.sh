@@ -29,4 +29,6 @@ if [ "$DEVICE" = cpu ]; then
     uv install -q --no-deps --torch-backend cpu "${torch%+cpu}"
 fi
 uv install --no-deps -r "$LOCK" -e .
+# An earlier build's list of policies would hide the one just installed.
+rm -rf kvserve.egg-info
 "$VENV/bin/python" -c 'from kvserve.models import embedded_model; embedded_model()'

@@ -18,10 +18,17 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.support import check_batch, check_model, plan_of, scratch_of
+from kvserve.engine.support import (
+    check_batch,
+    check_model,
+    model_shape_of,
+    plan_of,
+    scratch_of,
+)
 from kvserve.errors import UserError
 from kvserve.plan import PagePlan
 from kvserve.units import format_bytes
+from policies.base import StreamingPolicy
 
 
 def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfig:
@@ -49,11 +56,19 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     check_model(config)
     plan = plan_of(config)
     if announce:
-        name = PolicySettings.from_config(config).policy
-        print(f"kvserve: policy {name}: {plan.describe()}", file=sys.stderr)
+        _announce(config, plan)
     check_batch(config, plan)
     check_pool(config, plan)
     return config
+
+
+def _announce(config: VllmConfig, plan: PagePlan | DenseRule) -> None:
+    settings = PolicySettings.from_config(config)
+    policy, lines = settings.create_policy(), [plan.describe()]
+    if isinstance(policy, StreamingPolicy):
+        lines += filter(None, [policy.remark(model_shape_of(config))])
+    for line in lines:
+        print(f"kvserve: policy {settings.policy}: {line}", file=sys.stderr)
 
 
 def page_bytes_of(config: VllmConfig) -> int:

@@ -30,6 +30,7 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         num_query_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
+        max_tokens=model.max_model_len,
     )
 
 

@@ -72,6 +72,24 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--speculative-config",
         ),
         (["--max-model-len", "100000"], "max_model_len"),
+        (
+            ["--policy", "h2o", "--scheduler-cls", "my.Scheduler"],
+            "--scheduler-cls=my.Scheduler",
+        ),
+        (
+            [
+                "--policy",
+                "snapkv",
+                "--max-num-batched-tokens",
+                "64",
+                "--max-num-seqs",
+                "48",
+                "--max-model-len",
+                "64",
+            ],
+            "--max-num-batched-tokens=64",
+        ),
+        (["--policy", "h2o", "--policy-arg", "norm=all"], "one of none, count"),
     ],
 )
 def test_serve_refuses_in_one_line(

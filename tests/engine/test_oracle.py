@@ -25,6 +25,7 @@ BATCHES = {"batch 1": [333], "ragged batch 4": [129, 601, 257, 410]}
 POLICIES: list[tuple[str, dict[str, Any]]] = [
     ("sink-recent", {"sinks": 32, "recent": 64}),
     ("retrieval", {"sinks": 32, "recent": 96, "full_ratio": 0.3}),
+    ("moa", {"length": 1024}),
 ]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,12 @@ def profile(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def required(profile: str) -> dict[str, dict[str, Any]]:
+def required(profile: str, tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Arguments without which a policy cannot serve the toy model."""
-    return {"retrieval": {"profile": profile}}
+    plan = tmp_path / "plan.json"
+    rules = {"alphas": [[0, 0, 0]] * 2, "betas": [[1, 0, 0], [0, 0, 1]]}
+    plan.write_text(json.dumps(rules))
+    return {"retrieval": {"profile": profile}, "moa": {"plan": str(plan)}}
 
 
 def refusal(name: str, arguments: dict[str, Any] | None = None) -> str:
