@@ -77,6 +77,7 @@ class DenseMetadata(HeadPagedMetadata):
         lengths: Tokens of each decode row's lane, ``[num_layers, rows]``.
         heavy: Decode rows whose slot is chosen by score, ``[num_layers, rows]``.
         protected: Last tokens that are safe from it, ``[num_layers, rows]``.
+        weighed: Decode rows of requests that have read theirs, ``[n]``.
         readers: Requests that read a prompt.
         survivors: What their layers keep, by request, filled as layers are done.
     """
@@ -85,6 +86,7 @@ class DenseMetadata(HeadPagedMetadata):
     lengths: torch.Tensor
     heavy: torch.Tensor
     protected: torch.Tensor
+    weighed: torch.Tensor
     readers: list[Reader]
     survivors: dict[str, list[Survivors]] = field(default_factory=dict)
 
@@ -154,16 +156,12 @@ class DensePagedAttention(HeadPagedAttention):
         self, query: torch.Tensor, kv_cache: torch.Tensor, meta: DenseMetadata
     ) -> None:
         """Add what decoding tokens look at to the mass of what they look at."""
-        mass = self._state.mass
-        heads = self._num_kv_heads
-        reading = {reader.tokens.start for reader in meta.readers}
-        tokens = [t for t in range(meta.num_decode_tokens) if t not in reading]
-        if mass is None or not tokens:
+        mass, rows = self._state.mass, meta.weighed
+        if mass is None or not len(rows):
             return
-        rows = (torch.tensor(tokens)[:, None] * heads + torch.arange(heads)).flatten()
         size = mass.shape[1]
         pages, inside = self._lane_pages(meta, rows, size)
-        keys, _ = self._device.read(kv_cache, pages)
+        keys = self._device.read_keys(kv_cache, pages)
         by_row = query[: meta.num_decode_tokens].reshape(
             -1, self._group_size, self.head_size
         )[rows]
@@ -185,7 +183,7 @@ class DensePagedAttention(HeadPagedAttention):
             return
         length = reader.length
         pages = reader.pages[self._layer_index]
-        keys, values = self._device.read(kv_cache, pages)
+        keys = self._device.read_keys(kv_cache, pages)
         keys = keys.flatten(1, 2)[:, :length].float()
         chunk = query[reader.tokens].transpose(0, 1)
         if mass is not None:
@@ -193,6 +191,7 @@ class DensePagedAttention(HeadPagedAttention):
             drawn[:, :length] += attention_mass(chunk, keys, self.scale)
             mass[pages] = drawn.view_as(mass[pages])
         if reader.is_done:
+            values = self._device.read_values(kv_cache, pages)
             values = values.flatten(1, 2)[:, :length].float()
             total = mass[pages].flatten(1)[:, :length] if mass is not None else None
             kept = self._survivors(reader, chunk, keys, values, total)

@@ -83,15 +83,24 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         tables = self.tables
         held = tables.lane_tokens(seq_lens[rows])
         full = seq_lens[rows, None] - tables.dropped[:, rows] > held
+        readers = self._readers(common, query_start, seq_lens)
         self._step = DenseMetadata(
             **{one.name: getattr(base, one.name) for one in fields(base)},
             positions=torch.from_numpy(_positions(query_start, seq_lens)),
             lengths=_by_row(held),
             heavy=_by_row(full & tables.heavy[:, rows]),
             protected=_by_row(tables.protected[:, rows]),
-            readers=self._readers(common, query_start, seq_lens),
+            weighed=self._weighed(base.num_decode_tokens, readers),
+            readers=readers,
         )
         return self._step
+
+    def _weighed(self, num_decodes: int, readers: list[Reader]) -> torch.Tensor:
+        """Decode rows whose tokens do not read a prompt."""
+        heads = self.kv_cache_spec.plan.num_kv_heads
+        decodes = np.ones((num_decodes, heads), dtype=bool)
+        decodes[[r.tokens.start for r in readers if r.tokens.start < num_decodes]] = 0
+        return torch.from_numpy(np.flatnonzero(decodes))
 
     def _readers(
         self,

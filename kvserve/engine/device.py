@@ -36,10 +36,11 @@ class Device(Protocol):
     ) -> None:
         """Store keys and values ``[n, head_size]`` at ``slots [n]``."""
 
-    def read(
-        self, pool: torch.Tensor, pages: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of ``pages``, ``[*pages.shape, page_size, D]``."""
+    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Return keys of ``pages``, ``[*pages.shape, page_size, D]``."""
+
+    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Return values of ``pages``, ``[*pages.shape, page_size, D]``."""
 
     def attend(
         self,
@@ -95,24 +96,28 @@ class CPUDevice:
             key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
         )
 
-    def read(
-        self, pool: torch.Tensor, pages: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        content = pool[pages].reshape(*pages.shape, 2, -1)
+    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 0)
+
+    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 1)
+
+    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
+        content = pool.view(len(pool), 2, -1)[:, half][pages]
+        order, is_transposed = self._layout[half]
+        if is_transposed:
+            shape = (*pages.shape, self._head_size, self._page_size)
+            return content.view(shape).transpose(-1, -2)
         shape = (*pages.shape, self._page_size, self._head_size)
-        keys, values = (
-            content[..., half, order].view(shape)
-            for half, order in enumerate(self._order)
-        )
-        return keys, values
+        return content[..., order].view(shape)
 
     @cached_property
-    def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in its half of a page each key and value element lies.
+    def _layout(self) -> list[tuple[torch.Tensor, bool]]:
+        """Where each element of keys, and of values, lies in its half of a page.
 
         Kernels lay keys out as their instructions like them. What they do is found
         by writing numbered elements, one base-128 digit after the other, since every
-        type holds those exactly.
+        type holds those exactly. The flag tells of a plain transposition.
         """
         size, width = self._page_size, self._head_size
         number = torch.arange(size * width).view(size, width)
@@ -123,8 +128,10 @@ class CPUDevice:
             element = (number // 128**digit % 128).to(self._dtype)
             self.write(element, element, pool, slots)
             found += pool.view(2, -1).long() * 128**digit
-        keys, values = found.argsort(dim=1)
-        return keys, values
+        transposed = torch.arange(size * width).view(width, size).T.flatten()
+        return [
+            (order, torch.equal(order, transposed)) for order in found.argsort(dim=1)
+        ]
 
     def attend(
         self,

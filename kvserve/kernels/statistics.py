@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TILE = 128
+_TILE = 64
+"""Queries at once: their logits should stay in the cache of a core."""
 
 
 def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -25,18 +26,24 @@ def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """
     kv_heads, keys, width = key.shape
     queries = query.shape[1]
-    grouped = query.float().view(kv_heads, -1, queries, width)
-    transposed = key.float().transpose(1, 2)[:, None]
+    grouped = (query.float() * scale).view(kv_heads, -1, queries, width)
+    transposed = key.float().transpose(1, 2).contiguous()
     mass = torch.zeros(kv_heads, keys, device=key.device)
-    position = torch.arange(keys, device=key.device)
-    for first in range(0, queries, _TILE):
-        tile = grouped[:, :, first : first + _TILE]
-        seen = keys - queries + first + tile.shape[2]
-        logits = tile @ transposed[..., :seen] * scale
-        own = torch.arange(seen - tile.shape[2], seen, device=key.device)
-        hidden = position[None, :seen] > own[:, None]
-        logits.masked_fill_(hidden, float("-inf"))
-        mass[:, :seen] += logits.softmax(dim=-1).sum(dim=(1, 2))
+    future = torch.ones(_TILE, _TILE, dtype=torch.bool, device=key.device).triu(1)
+    for head in range(kv_heads):
+        for first in range(0, queries, _TILE):
+            tile = grouped[head, :, first : first + _TILE]
+            rows = tile.shape[1]
+            seen = keys - queries + first + rows
+            # Only the last keys can lie in a query's future.
+            logits = (tile.reshape(-1, width) @ transposed[head, :, :seen]).view(
+                len(tile), rows, seen
+            )
+            own = logits[..., seen - rows :]
+            own.masked_fill_(future[:rows, :rows], float("-inf"))
+            weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+            share = 1 / weights.sum(dim=-1)
+            mass[head, :seen] += share.flatten() @ weights.flatten(0, 1)
     return mass
 
 
@@ -52,8 +59,7 @@ def row_attention(query: Tensor, key: Tensor, lengths: Tensor, scale: float) -> 
         ``[rows, m]``, float32, summed over the group; 0 beyond the length.
     """
     beyond = torch.arange(key.shape[1], device=key.device)[None] >= lengths[:, None]
-    clean = key.float().masked_fill(beyond[..., None], 0.0)
-    logits = query.float() @ clean.transpose(1, 2) * scale
+    logits = (query.float() * scale) @ key.float().transpose(1, 2)
     logits.masked_fill_(beyond[:, None], float("-inf"))
     return logits.softmax(dim=-1).sum(dim=1)
 
