@@ -39,6 +39,9 @@ class DensePagedManager(HeadPagedManager):
     def plan_of(self, request_id: str) -> DensePlan:
         return self._rule.plan(self._prompt_tokens[request_id])
 
+    def _entries(self, request_id: str, num_tokens: int) -> int:
+        return self.plan_of(request_id).entries(num_tokens)
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -50,14 +53,20 @@ class DensePagedManager(HeadPagedManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        plan = self.plan_of(request_id)
         if apply_admission_cap:
             # May the request enter? Only if its whole prompt fits beside what the
             # prompts being read are still to take: two that cannot both be held run
             # one after the other instead of evicting each other.
-            return plan.most_pages(num_tokens) + self._owed_to_others(request_id)
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(plan.entries(num_tokens) - held, 0)
+            needed = self.plan_of(request_id).most_pages(num_tokens)
+            return needed + self._owed_to_others(request_id)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+        )
 
     def _owed_to_others(self, request_id: str) -> int:
         return sum(
@@ -65,17 +74,6 @@ class DensePagedManager(HeadPagedManager):
             for other, held in self.req_to_blocks.items()
             if other != request_id
         )
-
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
-        held = self.req_to_blocks[request_id]
-        missing = self.plan_of(request_id).entries(num_tokens) - len(held)
-        if missing <= 0:
-            return []
-        pages = self.block_pool.get_new_blocks(missing)
-        held.extend(pages)
-        return pages
 
     def remove_skipped_blocks(
         self,

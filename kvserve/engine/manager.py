@@ -36,6 +36,10 @@ class HeadPagedManager(SingleTypeKVCacheManager):
             raise RuntimeError("scratch pages must be the first blocks of the pool")
         block_pool.num_gpu_blocks -= len(scratch)
 
+    def _entries(self, request_id: str, num_tokens: int) -> int:
+        """Length of the page list of a request with ``num_tokens`` tokens."""
+        return self._plan.pages(num_tokens)
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -48,13 +52,13 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
-        return max(self._plan.pages(num_tokens) - held, 0)
+        return max(self._entries(request_id, num_tokens) - held, 0)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]
-        missing = self._plan.pages(num_tokens) - len(held)
+        missing = self._entries(request_id, num_tokens) - len(held)
         if missing <= 0:
             return []
         pages = self.block_pool.get_new_blocks(missing)

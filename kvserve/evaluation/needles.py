@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from kvserve.errors import UserError
 from kvserve.evaluation.haystack import Book, insert, load_book, passage
@@ -114,18 +115,42 @@ def build_prompt(
     needle = family.needle(index, seed)
     start = random.Random(f"passage/{family.name}/{seed}/{index}/{num_tokens}").random()
     prose = passage(text or load_book(family.book), start, 8 * num_tokens)
+    prompt = fit(
+        tokenizer,
+        prose,
+        num_tokens,
+        lambda haystack: _assemble(tokenizer, haystack, needle, depth),
+    )
+    if prompt is None:
+        raise UserError(
+            f"a needle prompt does not fit in {num_tokens} tokens: use a longer length"
+        )
+    return prompt
+
+
+class HasTokens(Protocol):
+    """Text that has been tokenized."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+
+_Tokens = TypeVar("_Tokens", bound=HasTokens)
+
+
+def fit(
+    tokenizer: Any, prose: str, num_tokens: int, render: Callable[[str], _Tokens]
+) -> _Tokens | None:
+    """Render as much of ``prose`` as fits in ``num_tokens``; ``None``: none does."""
     offsets = encode(tokenizer, prose)[1]
     keep = num_tokens
     while keep > 0:
-        cut = offsets[min(keep, len(offsets)) - 1][1]
-        prompt = _assemble(tokenizer, prose[:cut], needle, depth)
-        excess = len(prompt.token_ids) - num_tokens
+        rendered = render(prose[: offsets[min(keep, len(offsets)) - 1][1]])
+        excess = len(rendered.token_ids) - num_tokens
         if excess <= 0:
-            return prompt
+            return rendered
         keep -= excess
-    raise UserError(
-        f"a needle prompt does not fit in {num_tokens} tokens: use a longer length"
-    )
+    return None
 
 
 def score(answer: str, response: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.haystack import insert, passage
-from kvserve.evaluation.needles import Family, Needle, chat, encode
+from kvserve.evaluation.needles import Family, Needle, chat, encode, fit
 
 _INSTRUCTION = "Repeat every made-up fact of the text above."
 
@@ -46,18 +46,16 @@ def build_recital(
     prose = passage(text, rng.random(), 8 * num_tokens)
     depths = [(number + rng.random()) / count for number in range(count)]
     order = rng.sample(needles, count)
-    offsets = encode(tokenizer, prose)[1]
-    keep = num_tokens
-    while keep > 0:
-        hidden = prose[: offsets[min(keep, len(offsets)) - 1][1]]
+
+    def render(hidden: str) -> Recital:
         for needle, depth in zip(needles, depths, strict=True):
             hidden, _ = insert(hidden, needle.sentence, depth)
-        recital = _recite(tokenizer, f"{hidden}\n\n{_INSTRUCTION}", order)
-        excess = len(recital.token_ids) - num_tokens
-        if excess <= 0:
-            return recital
-        keep -= excess
-    raise UserError(f"{count} needles do not fit in {num_tokens} tokens")
+        return _recite(tokenizer, f"{hidden}\n\n{_INSTRUCTION}", order)
+
+    recital = fit(tokenizer, prose, num_tokens, render)
+    if recital is None:
+        raise UserError(f"{count} needles do not fit in {num_tokens} tokens")
+    return recital
 
 
 def _distinct(family: Family, count: int, rng: random.Random) -> list[Needle]:
