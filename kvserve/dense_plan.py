@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from kvserve.plan import UNBOUNDED, IntArray, PagePlan
+from kvserve.lanes import BoolArray, IntArray
+from kvserve.plan import UNBOUNDED, PagePlan
 from policies.base import DensePolicy, Lane, ModelShape
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,14 @@ class DensePlan:
         return _runs(np.zeros_like(self._kept_blocks.ravel()), self._kept_blocks)
 
     @cached_property
+    def kept_places(self) -> IntArray:
+        """Place of each survivor in the kept pages laid end to end, lane after lane."""
+        keep, blocks = self.keep.ravel(), self._kept_blocks.ravel()
+        lane, within = _runs(np.zeros_like(keep), keep)
+        places: IntArray = (blocks.cumsum() - blocks)[lane] * self.page_size + within
+        return places
+
+    @cached_property
     def opened_slots(self) -> tuple[IntArray, IntArray]:
         """Lane and slot of each entry behind the prompt's, as they are opened.
 
@@ -171,6 +177,11 @@ class DenseRule:
     max_tokens: int
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether requests have plans of their own."""
+        return True
+
+    @property
     def full(self) -> PagePlan:
         return _full(self.model, self.page_size)
 
@@ -186,11 +197,15 @@ class DenseRule:
         """Say in one line what a long and a short prompt leave behind."""
         lengths = sorted({self.max_tokens // 8 or 1, self.max_tokens})
         shares = [
-            f"{self.plan(n).keep.sum() / (n * self.full.capacity.size):.0%} of a "
+            f"{self.plan(n).keep.sum() / (n * self.full.num_lanes):.0%} of a "
             f"prompt of {n} tokens"
             for n in lengths
         ]
         return f"keeps {', '.join(shares)} (pages of {self.page_size} tokens)"
+
+    def of_request(self, prompt_tokens: int, reply_tokens: int) -> DensePlan:
+        """Return the plan of a request, which its prompt alone decides."""
+        return self.plan(prompt_tokens)
 
     def plan(self, prompt_tokens: int) -> DensePlan:
         """Return the plan of a prompt of this length."""
@@ -207,8 +222,3 @@ def _full(model: ModelShape, page_size: int) -> PagePlan:
 def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
     lanes = rule.policy.lanes(rule.model, prompt_tokens)
     return DensePlan(rule.page_size, rule.max_tokens, prompt_tokens, lanes, rule.full)
-
-
-def whole(model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:
-    """Lanes that keep every token of a prompt, and all that follow."""
-    return ((Lane(tokens),) * model.num_kv_heads,) * model.num_layers

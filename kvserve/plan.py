@@ -8,36 +8,32 @@ list belongs to which head.
 
 A *lane* is the cache of one KV head in one layer. Tokens are grouped in *blocks* of
 ``page_size`` tokens at absolute positions, and a page holds one block of one lane.
+``kvserve.lanes`` says which blocks a lane keeps and where each of them lives.
 
-* A full lane holds every block; block ``b`` lives in slot ``b``.
-* A bounded lane holds its sink blocks ``0 .. s-1`` for good and its last ``w`` blocks
-  in a ring: block ``b >= s`` lives in slot ``s + (b - s) % w``.
-
-A query in block ``i`` of a bounded lane sees the sink blocks and blocks
-``i - w + 1 .. i``, causally. The rule mentions positions alone, so what a request
-computes cannot depend on how its prompt was cut into chunks or on its neighbours.
+A query in block ``i`` of a bounded lane sees the sink blocks, the lane's shards and
+blocks ``i - w + 1 .. i``, causally. The rule mentions positions alone, so what a
+request computes cannot depend on how its prompt was cut into chunks or on its
+neighbours.
 
 A request's page list grows block by block: when block ``b`` is opened, each lane that
-has a slot ``b`` gets one page, lanes of larger capacity first. Hence the list index of
-a lane's slot never changes while the request lives.
+has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
+slot never changes while the request lives.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from kvserve.errors import UserError
-from policies.base import HeadBudget
-
-IntArray = npt.NDArray[np.int64]
+from kvserve.lanes import BoolArray, IntArray, Lanes
+from policies.base import HeadBudget, ModelShape, StreamingPolicy
 
 UNBOUNDED = 1 << 40
-"""Capacity, in blocks, of a full lane: more than any request can open."""
+"""Capacity, in tokens, of a lane that never evicts."""
 
 
 def blocks_of(tokens: int, page_size: int) -> int:
@@ -45,13 +41,16 @@ def blocks_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+_FULL_LANE = (0, 0, 0)
+
+
 def _lane_blocks(
     head: HeadBudget, page_size: int, max_tokens: int | None
-) -> tuple[int, int]:
-    """Sinks and window of one lane, in blocks; ``(0, 0)`` for a full lane."""
-    if head.recent is None:
-        return 0, 0
-    if min(head.sinks, head.recent) < 1:
+) -> tuple[int, int, int]:
+    """Sinks and window of one lane in blocks, and a bit for each of its shards."""
+    if head.recent is None or len(head.shards) == head.stride:
+        return _FULL_LANE
+    if head.recent < 1 or (head.sinks < 1 and not head.shards):
         raise UserError(
             "--policy: a bounded head keeps at least one sink page and one recent "
             f"page, not {head.sinks} + {head.recent} tokens"
@@ -59,22 +58,25 @@ def _lane_blocks(
     sinks = blocks_of(head.sinks, page_size)
     window = blocks_of(head.recent, page_size)
     if max_tokens is not None and sinks + window >= blocks_of(max_tokens, page_size):
-        return 0, 0
-    return sinks, window
+        return _FULL_LANE
+    return sinks, window, sum(1 << place for place in head.shards)
 
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Sinks and window of every lane, in blocks.
+    """Sinks, window and shards of every lane, in blocks.
 
     ``sinks`` and ``windows`` have shape ``[num_layers][num_kv_heads]``; a window of 0
-    marks a full lane. Plans are hashable and travel from the worker to the scheduler
-    inside the KV cache spec.
+    marks a full lane. ``shards``, of the same shape or empty, has a bit for each block
+    of a turn of ``stride`` that stays for good. Plans are hashable and travel from the
+    worker to the scheduler inside the KV cache spec.
     """
 
     page_size: int
     sinks: tuple[tuple[int, ...], ...]
     windows: tuple[tuple[int, ...], ...]
+    stride: int = 1
+    shards: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def from_budgets(
@@ -85,18 +87,23 @@ class PagePlan:
     ) -> PagePlan:
         """Round every budget up to whole pages.
 
-        A head whose budget holds ``max_tokens`` tokens, the longest a request may be,
-        never evicts: its lane is a full one.
+        A head whose budget holds ``max_tokens`` tokens, the longest the request may
+        be, never evicts: its lane is a full one.
         """
         lanes = [
             [_lane_blocks(head, page_size, max_tokens) for head in layer]
             for layer in budgets
         ]
-        return cls(
-            page_size,
-            tuple(tuple(sinks for sinks, _ in layer) for layer in lanes),
-            tuple(tuple(window for _, window in layer) for layer in lanes),
+        sinks, windows, shards = (
+            tuple(tuple(lane[part] for lane in layer) for layer in lanes)
+            for part in range(3)
         )
+        if not any(map(any, shards)):
+            return cls(page_size, sinks, windows)
+        strides = {head.stride for layer in budgets for head in layer if head.shards}
+        if len(strides) > 1:
+            raise UserError(f"--policy: heads of different strides {sorted(strides)}")
+        return cls(page_size, sinks, windows, strides.pop(), shards)
 
     @property
     def num_layers(self) -> int:
@@ -107,158 +114,183 @@ class PagePlan:
         return len(self.sinks[0])
 
     @property
+    def num_lanes(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    @property
     def has_bounded_lanes(self) -> bool:
-        return bool((self.capacity < UNBOUNDED).any())
+        return any(map(any, self.windows))
 
     @cached_property
-    def sink_array(self) -> IntArray:
-        """Sink blocks, shape ``[num_layers, num_kv_heads]``."""
-        return np.array(self.sinks, dtype=np.int64)
+    def lanes(self) -> Lanes:
+        """The lanes as arrays ``[num_layers, num_kv_heads]``."""
+        sinks = np.array(self.sinks, dtype=np.int64)
+        shards = np.array(self.shards or np.zeros_like(sinks), dtype=np.int64)
+        stays = (shards[..., None] >> np.arange(self.stride)) & 1 > 0
+        return Lanes.make(sinks, np.array(self.windows, dtype=np.int64), stays)
 
     @cached_property
-    def window_array(self) -> IntArray:
-        """Window blocks (0: full lane), shape ``[num_layers, num_kv_heads]``."""
-        return np.array(self.windows, dtype=np.int64)
+    def _warm_up(self) -> int:
+        """Blocks after which the lanes open slots in turns of ``stride`` blocks."""
+        lanes = self.lanes
+        bounded = lanes.window > 0
+        turn = self.stride if self.stride > 1 else 0
+        filled = lanes.sinks + lanes.window + turn
+        return int(filled[bounded].max(initial=0))
 
     @cached_property
-    def capacity(self) -> IntArray:
-        """Slots of each lane, shape ``[num_layers, num_kv_heads]``."""
-        bounded = self.sink_array + self.window_array
-        return np.where(self.window_array > 0, bounded, UNBOUNDED)
+    def _opened(self) -> BoolArray:
+        """Which lanes open a slot with each block, ``[num_lanes, blocks]``.
+
+        One turn behind the warm-up; all later turns repeat it.
+        """
+        blocks = np.arange(self._warm_up + self.stride)
+        opens = np.broadcast_to(
+            self.lanes.opens(blocks),
+            (self.num_layers, self.num_kv_heads, len(blocks)),
+        )
+        return opens.reshape(self.num_lanes, -1)
 
     @cached_property
-    def _rank(self) -> IntArray:
-        """Place of each lane among the lanes that open a page together."""
-        order = np.argsort(-self.capacity.ravel(), kind="stable")
-        rank = np.empty_like(order)
-        rank[order] = np.arange(order.size)
-        return rank.reshape(self.capacity.shape)
-
-    @cached_property
-    def _bounded_offsets(self) -> IntArray:
-        """Pages held when ``b`` blocks are open, up to the largest bounded lane."""
-        capacity = self.capacity.ravel()
-        bounded = capacity[capacity < UNBOUNDED]
-        opened = np.arange(int(bounded.max(initial=0)) + 1)
-        held: IntArray = np.minimum(capacity[None, :], opened[:, None]).sum(axis=1)
+    def _held(self) -> list[int]:
+        """Pages held when the first ``b`` blocks are open, till the turn's end."""
+        held: list[int] = [0, *self._opened.sum(axis=0).cumsum().tolist()]
         return held
 
-    @cached_property
-    def _num_full_lanes(self) -> int:
-        return int((self.capacity == UNBOUNDED).sum())
+    @property
+    def _pages_per_turn(self) -> int:
+        return self._held[-1] - self._held[self._warm_up]
 
     def pages(self, tokens: int) -> int:
         """Pages that a request of ``tokens`` tokens holds, over all layers and heads.
 
         Never shrinks as tokens are added.
         """
-        offsets = self._bounded_offsets
         blocks = blocks_of(tokens, self.page_size)
-        beyond = max(0, blocks - (len(offsets) - 1))
-        return int(offsets[blocks - beyond]) + beyond * self._num_full_lanes
+        turns = max(0, blocks - self._warm_up) // self.stride
+        held = self._held[blocks - turns * self.stride]
+        return held + turns * self._pages_per_turn
 
-    def most_pages(self, tokens: int) -> int:
-        """Pages that a request needs on its way to ``tokens`` tokens."""
+    def entries(self, tokens: int) -> int:
+        """Length of the page list of ``tokens`` tokens: none of it is ever freed."""
         return self.pages(tokens)
 
     @property
     def full(self) -> PagePlan:
         """The plan of the same model that evicts nothing."""
         nothing = ((0,) * self.num_kv_heads,) * self.num_layers
-        return replace(self, sinks=nothing, windows=nothing)
+        return PagePlan(self.page_size, nothing, nothing)
+
+    @cached_property
+    def _entry(self) -> IntArray:
+        """List index of what each lane opens, as :attr:`_opened`, else undefined."""
+        counts = self._opened.T.ravel().cumsum()
+        entry: IntArray = counts.reshape(-1, self.num_lanes).T - 1
+        return entry
 
     def list_index(self, slot: IntArray) -> IntArray:
         """Index into the request's page list of each lane's ``slot``.
 
         Args:
-            slot: slots of shape ``[num_layers, num_kv_heads, n]``, each below the
-                lane's capacity.
+            slot: slots that the lanes have opened, ``[num_layers, num_kv_heads, n]``.
 
         Returns:
             Indices of the same shape.
         """
-        offsets = self._bounded_offsets
-        within = np.minimum(slot, len(offsets) - 1)
-        start = offsets[within] + (slot - within) * self._num_full_lanes
-        index: IntArray = start + self._rank[:, :, None]
+        turns = np.maximum(slot - self._warm_up, 0) // self.stride
+        first = (slot - turns * self.stride).reshape(self.num_lanes, -1)
+        entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
+        index: IntArray = entry + turns * self._pages_per_turn
         return index
-
-    def slot_of(self, block: IntArray) -> IntArray:
-        """Slot of each block in each lane, shape ``[num_layers, num_kv_heads, n]``.
-
-        Args:
-            block: absolute block numbers, broadcastable to the result's shape.
-        """
-        sinks, window = self.sink_array[..., None], self.window_array[..., None]
-        ring = sinks + (block - sinks) % np.maximum(window, 1)
-        return np.where((window == 0) | (block < sinks), block, ring)
-
-    @property
-    def bounded_width(self) -> int:
-        """Slots of the largest bounded lane, 0 without bounded lanes."""
-        return len(self._bounded_offsets) - 1
-
-    def visible_blocks(self, block: IntArray) -> IntArray:
-        """Blocks that a query in ``block`` sees in each bounded lane, ascending.
-
-        Args:
-            block: absolute block numbers of shape ``[n]``.
-
-        Returns:
-            Shape ``[num_layers, num_kv_heads, n, bounded_width]``, padded with -1; the
-            last block listed is the query's own. Full lanes have no meaning here.
-        """
-        place = np.arange(self.bounded_width)
-        sinks, window = self.sink_array[..., None, None], self.window_array[..., None]
-        last = block[None, None, :, None]
-        skipped = np.maximum(last - window[..., None] + 1 - sinks, 0)
-        visible = np.where(place < sinks, place, place + skipped)
-        return np.where(visible <= last, visible, -1)
-
-    def visible_tokens(self, tokens: IntArray) -> IntArray:
-        """Tokens that the last of ``tokens`` tokens sees in each lane, itself included.
-
-        Args:
-            tokens: sequence lengths of shape ``[n]``, each at least 1.
-
-        Returns:
-            Shape ``[num_layers, num_kv_heads, n]``.
-        """
-        block = (tokens - 1) // self.page_size
-        hidden = np.maximum(block + 1 - self.capacity[..., None], 0)
-        visible: IntArray = tokens - hidden * self.page_size
-        return visible
 
     def describe(self) -> str:
         """Say in one line what the lanes keep, in tokens as rounded to pages."""
-        size, total = self.page_size, self.capacity.size
+        size = self.page_size
+        shards = self.shards or self.full.sinks
         kinds = Counter(
-            lane
-            for layer in zip(self.sinks, self.windows, strict=True)
-            for lane in zip(*layer, strict=True)
+            (sinks, window, kept.bit_count())
+            for layer in zip(self.sinks, self.windows, shards, strict=True)
+            for sinks, window, kept in zip(*layer, strict=True)
         )
         parts = [
-            f"{count} keep {sinks * size} sinks + {window * size} recent tokens"
-            if window
-            else f"{count} keep everything"
-            for (sinks, window), count in sorted(kinds.items())
+            f"{count} keep {self._describe_lane(*lane)}"
+            for lane, count in sorted(kinds.items())
         ]
-        return f"of {total} KV heads {'; '.join(parts)} (pages of {size} tokens)"
+        return (
+            f"of {self.num_lanes} KV heads {'; '.join(parts)} (pages of {size} tokens)"
+        )
 
-    def retained(self, layer: int, head: int, tokens: int) -> list[int]:
-        """Positions that a lane holds after ``tokens`` tokens, ascending."""
-        last = blocks_of(tokens, self.page_size)
-        sinks, window = self.sinks[layer][head], self.windows[layer][head]
-        oldest = last - window if window else 0
-        return [
-            position
-            for position in range(tokens)
-            if position // self.page_size < sinks
-            or position // self.page_size >= oldest
-        ]
+    def _describe_lane(self, sinks: int, window: int, shards: int) -> str:
+        size = self.page_size
+        if not window:
+            return "everything"
+        if shards:
+            return f"{window * size} recent tokens + {shards} of {self.stride} pages"
+        return f"{sinks * size} sinks + {window * size} recent tokens"
 
 
-def scratch_pages(plan: PagePlan, max_tokens: int, max_requests: int) -> int:
+@dataclass(frozen=True)
+class StreamRule:
+    """The plan of every request under a policy of positions.
+
+    Travels inside the KV cache spec. Only under an *elastic* policy do requests of
+    unequal length have unequal plans.
+    """
+
+    policy: StreamingPolicy
+    model: ModelShape
+    page_size: int
+    max_tokens: int
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether requests have plans of their own."""
+        return self.policy.capabilities.elastic
+
+    @property
+    def longest(self) -> PagePlan:
+        """The plan of the longest request, which needs most."""
+        return self.plan(self.max_tokens)
+
+    @property
+    def full(self) -> PagePlan:
+        return self.longest.full
+
+    @property
+    def has_bounded_lanes(self) -> bool:
+        return self.is_elastic or self.longest.has_bounded_lanes
+
+    def plan(self, tokens: int) -> PagePlan:
+        """Return the plan of a request that may become ``tokens`` tokens long."""
+        return _plan(self, min(tokens, self.max_tokens) if self.is_elastic else None)
+
+    def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
+        """Return the plan of a request by its prompt and its longest reply."""
+        return self.plan(prompt_tokens + reply_tokens)
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a request of ``tokens`` tokens, reply included, ends with."""
+        return self.plan(tokens).pages(tokens)
+
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a request needs on its way to ``tokens`` tokens."""
+        return self.pages(tokens)
+
+    def describe(self) -> str:
+        """Say in one line what the lanes of the longest request keep."""
+        return self.longest.describe()
+
+
+@lru_cache(maxsize=64)
+def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
+    length = rule.max_tokens if tokens is None else tokens
+    budgets = rule.policy.budgets(rule.model, length)
+    return PagePlan.from_budgets(budgets, rule.page_size, length)
+
+
+def scratch_pages(
+    plan: PagePlan | StreamRule, max_tokens: int, max_requests: int
+) -> int:
     """Pages that one step's prefill may need beside what requests hold.
 
     A chunk's blocks that would overwrite ring slots still needed by the chunk's own
@@ -274,4 +306,4 @@ def scratch_pages(plan: PagePlan, max_tokens: int, max_requests: int) -> int:
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks
-    return blocks * plan.num_kv_heads
+    return blocks * plan.full.num_kv_heads

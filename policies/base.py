@@ -31,7 +31,8 @@ class ModelShape:
     """What a policy may know of a model and of how it is served.
 
     ``name`` is for messages and profiles. ``max_tokens`` is the longest request that
-    the server takes, prompt and reply.
+    the server takes, prompt and reply. ``pattern`` has the entries of the model's
+    configuration that declare a sparse attention pattern which it was trained with.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelShape:
     num_kv_heads: int
     head_size: int
     max_tokens: int = 1 << 20
+    pattern: tuple[tuple[str, Any], ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -49,14 +51,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class HeadBudget:
-    """What one KV head keeps: everything, or the first and the last tokens.
+    """What one KV head keeps: everything, or some tokens by their positions.
 
-    ``recent`` is ``None`` for a head that keeps everything. The engine rounds both
-    numbers up to whole pages.
+    Attributes:
+        sinks: First tokens, rounded up to whole pages.
+        recent: Last tokens, likewise; ``None`` for a head that keeps everything.
+        stride: Behind the sinks, pages are counted in turns of so many.
+        shards: Of each turn, the places of pages that stay for good.
     """
 
     sinks: int = 0
     recent: int | None = None
+    stride: int = 1
+    shards: frozenset[int] = frozenset()
 
     @property
     def is_full(self) -> bool:
@@ -85,6 +92,8 @@ class Capabilities:
     """Reads a file measured on the model beforehand."""
     chunk_invariant: bool = True
     """Cutting the prompt into other chunks changes nothing."""
+    elastic: bool = False
+    """What is kept grows with the length that a request may reach."""
     prefix_cacheable: bool = False
     """Two requests may share the pages of a common prefix."""
     cuda_graph_safe: bool = False
@@ -120,13 +129,25 @@ class Policy(ABC):
 class StreamingPolicy(Policy):
     """A policy that decides by position alone."""
 
+    @property
+    def page_size(self) -> int | None:
+        """Tokens of a page, for a policy that thinks in blocks of its own."""
+        return None
+
     def remark(self, model: ModelShape) -> str:
         """Say, when the server starts, what its user should know; may be empty."""
         return ""
 
     @abstractmethod
-    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
         """Decide what every KV head of ``model`` keeps.
+
+        Args:
+            tokens: What a request may reach, prompt and longest reply, if the record
+                says ``elastic``; else ``model.max_tokens``. A larger number must not
+                make a smaller budget.
 
         Returns:
             Budgets of shape ``[num_layers][num_kv_heads]``.
@@ -206,6 +227,11 @@ class DensePolicy(Policy):
     def observation_window(self) -> int:
         """Last queries of the prompt that :meth:`select` looks at."""
         return 0
+
+    @property
+    def mass_per_query(self) -> bool:
+        """Whether ``heavy`` lanes divide mass by the queries that saw a token."""
+        return False
 
     @abstractmethod
     def lanes(self, model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:

@@ -19,5 +19,7 @@ class Full(StreamingPolicy):
         prefill="streaming", position_only=True, cuda_graph_safe=True
     )
 
-    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
         return ((FULL,) * model.num_kv_heads,) * model.num_layers

@@ -65,7 +65,6 @@ class H2O(DensePolicy):
 
     @property
     def mass_per_query(self) -> bool:
-        """Whether eviction while decoding divides mass by the queries that saw it."""
         return self.norm == "count"
 
     def lanes(self, model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every KV head has a span of its own, which grows with the length it is made for.
+"""Every KV head has a span of its own, which grows with the length of the request.
 
 Source: MoA, Mixture of Attention Spans (arXiv 2406.14909, section 4). A span counts
-64 sinks and a window, in prefill as in decode. The authors fix a request's spans by
-its own length; here one length holds for all requests of a server, so that what a
-request keeps does not depend on how long a reply it asked for.
+64 sinks and a window, in prefill as in decode. As in the authors' code it is fixed
+when a request comes, by the tokens of its prompt and of the longest reply it may get.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +25,16 @@ from policies.base import (
     parameter,
 )
 
+PLAN_FORMAT = "kvserve-moa/1"
+_SHIPPED = Path(__file__).parent / "profiles"
 _BLOCK = 64
 _SINKS = 64
 _LEAST = 128
+_BUDGET = 0.5
 
-Spans = list[list[int]]
+Rules = tuple[tuple[tuple[float, float], ...], ...]
+"""``(alpha, beta)`` of every head, ``[num_layers][heads]``."""
+Plans = dict[float | None, Rules]
 
 
 @dataclass(frozen=True)
@@ -42,64 +47,111 @@ class MoA(StreamingPolicy):
         prefill="streaming",
         position_only=True,
         needs_profile=True,
+        elastic=True,
         cuda_graph_safe=True,
     )
 
     plan: str | None = parameter(
-        None, "the authors' plan: JSON of alphas and betas, per query or per KV head"
+        None,
+        "kvserve's plans, or a plan of the authors: JSON of alphas and betas, per "
+        "query or per KV head; without it, the plans that ship for the model",
+    )
+    budget: float | None = parameter(
+        None,
+        "share of the KV cache, to choose among kvserve's plans; default: 0.5",
+        minimum=0.0,
+        maximum=1.0,
     )
     length: int | None = parameter(
-        None, "tokens that spans are made for; default: --max-model-len", minimum=128
+        None,
+        "tokens that spans are made for; default: each request's prompt and "
+        "longest reply",
+        minimum=128,
     )
 
-    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
-        length = self.length or model.max_tokens
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
+        length = self.length or tokens
+        if length > model.max_tokens:
+            raise UserError(
+                f"--policy-arg length={length}: {model.name} is served up to "
+                f"{model.max_tokens} tokens, prompt and reply; give no more"
+            )
         layers = []
-        for spans in self._spans(model):
+        for rules in self._rules(model):
+            spans = [span(alpha, beta, length) for alpha, beta in rules]
             group = len(spans) // model.num_kv_heads
             largest = [
                 max(spans[first : first + group])
                 for first in range(0, len(spans), group)
             ]
-            layers.append(tuple(_budget(tokens, length) for tokens in largest))
+            layers.append(tuple(_head_budget(tokens, length) for tokens in largest))
         return tuple(layers)
 
     def remark(self, model: ModelShape) -> str:
         """Show what sharing a cache costs a plan made per query head."""
-        length, spans = self.length or model.max_tokens, self._spans(model)
-        asked = sum(map(sum, spans)) / sum(map(len, spans)) / length
+        length = self.length or model.max_tokens
+        asked = [
+            span(alpha, beta, length)
+            for rules in self._rules(model)
+            for alpha, beta in rules
+        ]
         kept = [
             length if head.recent is None else head.sinks + head.recent
-            for layer in self.budgets(model)
+            for layer in self.budgets(model, model.max_tokens)
             for head in layer
         ]
-        got = sum(kept) / len(kept) / length
+        share, got = (sum(spans) / len(spans) / length for spans in (asked, kept))
+        if len(asked) == len(kept):
+            return f"{got:.1%} of the KV cache of {length} tokens"
         return (
-            f"at {length} tokens the plan asks for {asked:.1%} of the KV cache; heads "
+            f"at {length} tokens the plan asks for {share:.1%} of the KV cache; heads "
             f"that share keys and values keep the largest span of theirs: {got:.1%}"
         )
 
-    def _spans(self, model: ModelShape) -> Spans:
-        if self.plan is None:
-            raise UserError(
-                "--policy moa: needs a plan; pass `--policy-arg plan=FILE` with the "
-                "authors' JSON of alphas and betas for this model"
-            )
-        path = Path(self.plan).expanduser()
-        rules = _read(path)
+    def _rules(self, model: ModelShape) -> Rules:
+        path = self._path(model)
+        rules = self._choose(_read(path), path)
         widths = {len(layer) for layer in rules}
-        if len(rules) != model.num_layers or not widths <= {
-            model.num_query_heads,
-            model.num_kv_heads,
-        }:
+        if len(rules) != model.num_layers or not (
+            widths == {model.num_query_heads} or widths == {model.num_kv_heads}
+        ):
             raise UserError(
                 f"--policy-arg plan={path}: is of another model: {len(rules)} layers "
                 f"x {'/'.join(map(str, sorted(widths))) or 'no'} heads, but "
                 f"{model.name} has {model.num_layers} layers, "
                 f"{model.num_query_heads} query heads and {model.num_kv_heads} KV heads"
             )
-        length = self.length or model.max_tokens
-        return [[span(a, b, length) for a, b in layer] for layer in rules]
+        return rules
+
+    def _path(self, model: ModelShape) -> Path:
+        if self.plan is not None:
+            return Path(self.plan).expanduser()
+        shipped = _SHIPPED / model.name / "moa.json"
+        if not shipped.exists():
+            raise UserError(
+                f"--policy moa: no plan ships for {model.name}; pass "
+                "`--policy-arg plan=FILE` with JSON of alphas and betas"
+            )
+        return shipped
+
+    def _choose(self, plans: Plans, path: Path) -> Rules:
+        if None in plans:
+            if self.budget is not None:
+                raise UserError(
+                    f"--policy-arg budget={self.budget}: {path} is a single plan; "
+                    "leave it out"
+                )
+            return plans[None]
+        budget = _BUDGET if self.budget is None else self.budget
+        if budget not in plans:
+            known = ", ".join(str(known) for known in sorted(filter(None, plans)))
+            raise UserError(
+                f"--policy-arg budget={budget}: {path} has plans for {known}; choose "
+                "one of these"
+            )
+        return plans[budget]
 
 
 def span(alpha: float, beta: float, length: int) -> int:
@@ -108,29 +160,42 @@ def span(alpha: float, beta: float, length: int) -> int:
     return min(-(-max(tokens, _LEAST) // _BLOCK) * _BLOCK, length)
 
 
-def _budget(tokens: int, length: int) -> HeadBudget:
+def _head_budget(tokens: int, length: int) -> HeadBudget:
     if tokens >= length:
         return FULL
     return HeadBudget(_SINKS, tokens - _SINKS)
 
 
-def _read(path: Path) -> list[list[tuple[float, float]]]:
-    """Read ``(alpha, beta)`` of every head, ``[num_layers][heads]``."""
+def _read(path: Path) -> Plans:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--policy-arg plan={path}: cannot be read ({error})") from None
     try:
-        data = json.loads(text)
-        return [
-            [(_number(a), _number(b)) for a, b in zip(alphas, betas, strict=True)]
-            for alphas, betas in zip(data["alphas"], data["betas"], strict=True)
-        ]
+        return _parse(text)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--policy-arg plan={path}: malformed ({error}); expected JSON of alphas "
-            "and betas, a list for each layer"
+            f"--policy-arg plan={path}: malformed ({error}); expected kvserve's plans, "
+            "or JSON of alphas and betas, a list for each layer"
         ) from None
+
+
+@lru_cache(maxsize=8)
+def _parse(text: str) -> Plans:
+    """Plans by their budgets; the authors' files have one, of no budget."""
+    data = json.loads(text)
+    if "format" not in data:
+        return {None: _rules_of(data)}
+    if data["format"] != PLAN_FORMAT:
+        raise ValueError(f"format {data['format']!r}, expected {PLAN_FORMAT!r}")
+    return {_number(plan["budget"]): _rules_of(plan) for plan in data["plans"]}
+
+
+def _rules_of(plan: dict[str, Any]) -> Rules:
+    return tuple(
+        tuple((_number(a), _number(b)) for a, b in zip(alphas, betas, strict=True))
+        for alphas, betas in zip(plan["alphas"], plan["betas"], strict=True)
+    )
 
 
 def _number(value: Any) -> float:

@@ -51,7 +51,9 @@ class Retrieval(StreamingPolicy):
         480, "last tokens that the other heads keep, in whole pages", minimum=1
     )
 
-    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
         scores = load_head_scores(self.profile, model)
         full = top_heads(scores, self.full_ratio)
         window = HeadBudget(self.sinks, self.recent)

@@ -21,10 +21,12 @@ def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
     """
     kv_heads, tokens, width = prompt.keys.shape
     window = prompt.queries.shape[1]
-    queries = prompt.queries.view(kv_heads, -1, window, width)
-    logits = queries @ prompt.keys[:, None].transpose(2, 3) * prompt.scale
-    hidden = torch.ones(window, tokens, dtype=torch.bool).triu(tokens - window + 1)
-    logits = logits.masked_fill(hidden.to(logits.device), float("-inf"))
+    # A group's heads are rows of one product, so that its keys are read once.
+    queries = (prompt.queries * prompt.scale).reshape(kv_heads, -1, width)
+    logits = (queries @ prompt.keys.transpose(1, 2)).view(kv_heads, -1, window, tokens)
+    # Only the window's own keys can lie in a query's future.
+    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
     probabilities = logits.softmax(dim=-1)
     if reduction == "max":
         return probabilities.amax(dim=1)

@@ -37,6 +37,8 @@ class SinkRecent(StreamingPolicy):
         992, "last tokens kept, in whole pages, the open page counted", minimum=1
     )
 
-    def budgets(self, model: ModelShape) -> tuple[tuple[HeadBudget, ...], ...]:
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
         head = HeadBudget(self.sinks, self.recent)
         return ((head,) * model.num_kv_heads,) * model.num_layers

@@ -22,6 +22,7 @@ from kvserve.engine.device import PAGE_SIZE, CPUDevice, Device
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import HeadPagedSpec
+from kvserve.plan import StreamRule
 
 
 class HeadPagedBackend(AttentionBackend):
@@ -84,10 +85,12 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
 
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
         spec = cast(HeadPagedSpec, self.kv_cache_spec)
+        rule = cast(StreamRule, spec.rule)
         tables = PageTables(
             spec.plan,
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
+            rule if rule.is_elastic else None,
         )
         return tables, RowBuilder(spec.plan, tables)
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from kvserve.engine.options import engine_options
 from kvserve.engine.preflight import check_start, page_bytes_of
 from kvserve.engine.serve import add_policy_arguments, choose_policy
-from kvserve.engine.support import plan_of, scratch_of
+from kvserve.engine.support import rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
 from kvserve.units import format_bytes, parse_bytes
@@ -63,7 +63,7 @@ def plan(argv: list[str]) -> int:
 
 
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
-    ours = plan_of(config)
+    ours = rule_of(config)
     full, scratch = ours.full, scratch_of(config, ours)
     page = page_bytes_of(config)
     pool, full_pool = memory // page - scratch - 1, memory // page - 1

@@ -14,7 +14,7 @@ import torch
 
 from kvserve.dense_plan import DensePlan
 from kvserve.engine.attention import HeadPagedAttention, HeadPagedMetadata
-from kvserve.kernels.statistics import attention_mass, lightest, row_attention
+from kvserve.kernels.statistics import CachedRows
 from policies.base import DensePolicy, ModelShape, Prompt, Selection
 
 
@@ -57,8 +57,8 @@ class Reader:
 class Survivors:
     """What one layer of a request keeps, to be written when all layers are done.
 
-    ``keys``, ``values`` ``[n, d]``, ``positions`` and ``mass`` ``[n]`` are lane after
-    lane.
+    ``keys``, ``values`` ``[n, d]``, of the pool's type, ``positions`` and ``mass``
+    ``[n]`` are lane after lane.
     """
 
     selection: Selection
@@ -73,10 +73,10 @@ class DenseMetadata(HeadPagedMetadata):
     """One step's rows, and who reads a prompt.
 
     Attributes:
-        positions: Position of each token, ``[tokens]``.
+        positions: Position of each row's token, ``[tokens * H_kv]``, int32.
         lengths: Tokens of each decode row's lane, ``[num_layers, rows]``.
-        heavy: Decode rows whose slot is chosen by score, ``[num_layers, rows]``.
-        protected: Last tokens that are safe from it, ``[num_layers, rows]``.
+        heavy: Decode rows whose slot is chosen by score, of each layer ``[n]``.
+        safe_from: Position from which tokens are safe from it, ``[num_layers, rows]``.
         weighed: Decode rows of requests that have read theirs, ``[n]``.
         readers: Requests that read a prompt.
         survivors: What their layers keep, by request, filled as layers are done.
@@ -84,8 +84,8 @@ class DenseMetadata(HeadPagedMetadata):
 
     positions: torch.Tensor
     lengths: torch.Tensor
-    heavy: torch.Tensor
-    protected: torch.Tensor
+    heavy: list[torch.Tensor]
+    safe_from: torch.Tensor
     weighed: torch.Tensor
     readers: list[Reader]
     survivors: dict[str, list[Survivors]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class DensePagedAttention(HeadPagedAttention):
     def learn(self, policy: DensePolicy, model: ModelShape, state: TokenState) -> None:
         """Tell the layer its policy and where token state lies."""
         self._policy, self._model, self._state = policy, model, state
-        self._count = bool(getattr(policy, "mass_per_query", False))
+        self._count = policy.mass_per_query
 
     def _write(
         self,
@@ -108,67 +108,51 @@ class DensePagedAttention(HeadPagedAttention):
     ) -> None:
         dense = cast(DenseMetadata, meta)
         slots = dense.slots[self._layer_index]
-        self._evict_for(dense, slots)
+        mass = self._state.mass
+        if mass is not None:
+            self._evict_for(dense, mass, slots)
         self._device.write(key, value, kv_cache, slots)
-        positions = dense.positions.repeat_interleave(self._num_kv_heads)
-        self._state.position.view(-1)[slots] = positions.int()
-        if self._state.mass is not None:
-            self._state.mass.view(-1)[slots] = 0
+        self._state.position.view(-1)[slots] = dense.positions
+        if mass is not None:
+            mass.view(-1).index_fill_(0, slots, 0)
 
-    def _evict_for(self, meta: DenseMetadata, slots: torch.Tensor) -> None:
+    def _evict_for(
+        self, meta: DenseMetadata, mass: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         """Give full heavy lanes' new tokens the slots of those they evict."""
-        layer, mass = self._layer_index, self._state.mass
-        rows = meta.heavy[layer].nonzero().flatten()
-        if mass is None or not len(rows):
-            return
-        size = mass.shape[1]
-        pages, inside = self._lane_pages(meta, rows, size)
-        position = self._state.position[pages].flatten(1)
-        position = position.masked_fill(~inside, -1)
-        weight = mass[pages].flatten(1)
-        own = meta.positions[rows // self._num_kv_heads]
-        if self._count:
-            weight = weight / (own[:, None] - position)
-        victim = lightest(weight, position, own - meta.protected[layer, rows])
-        page = pages.gather(1, (victim // size)[:, None])[:, 0]
-        slots[rows] = page * size + victim % size
+        layer, rows = self._layer_index, meta.heavy[self._layer_index]
+        if len(rows):
+            slots[rows] = self._device.lightest_slots(
+                self._cached(meta, rows, mass),
+                mass,
+                self._state.position,
+                meta.positions,
+                meta.safe_from[layer],
+                self._count,
+            )
 
-    def _lane_pages(
-        self, meta: DenseMetadata, rows: torch.Tensor, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages of decode rows, and which of their slots hold tokens."""
-        lengths = meta.lengths[self._layer_index, rows]
-        width = int(-(-lengths.max() // size))
-        pages = meta.page_tables[self._layer_index][rows, :width].long()
-        inside = torch.arange(width * size)[None] < lengths[:, None]
-        return pages, inside
+    def _cached(
+        self, meta: DenseMetadata, rows: torch.Tensor, mass: torch.Tensor
+    ) -> CachedRows:
+        layer, page_size = self._layer_index, mass.shape[1]
+        table, lengths = meta.page_tables[layer], meta.lengths[layer]
+        return CachedRows(table, lengths, rows, page_size)
 
     def _observe(
         self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
     ) -> None:
-        dense = cast(DenseMetadata, meta)
-        if self._state.mass is not None:
-            self._weigh_decodes(query, kv_cache, dense)
+        dense, mass = cast(DenseMetadata, meta), self._state.mass
+        if mass is not None and len(dense.weighed):
+            decodes = query[: dense.num_decode_tokens]
+            self._device.add_row_attention(
+                decodes.reshape(-1, self._group_size, self.head_size),
+                kv_cache,
+                self._cached(dense, dense.weighed, mass),
+                self.scale,
+                mass,
+            )
         for reader in dense.readers:
             self._read_on(query, kv_cache, reader, dense)
-
-    def _weigh_decodes(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, meta: DenseMetadata
-    ) -> None:
-        """Add what decoding tokens look at to the mass of what they look at."""
-        mass, rows = self._state.mass, meta.weighed
-        if mass is None or not len(rows):
-            return
-        size = mass.shape[1]
-        pages, inside = self._lane_pages(meta, rows, size)
-        keys = self._device.read_keys(kv_cache, pages)
-        by_row = query[: meta.num_decode_tokens].reshape(
-            -1, self._group_size, self.head_size
-        )[rows]
-        lengths = meta.lengths[self._layer_index, rows]
-        drawn = row_attention(by_row, keys.flatten(1, 2), lengths, self.scale)
-        slots = pages[..., None] * size + torch.arange(size)
-        mass.view(-1).index_add_(0, slots.flatten(1)[inside], drawn[inside])
 
     def _read_on(
         self,
@@ -181,19 +165,18 @@ class DensePagedAttention(HeadPagedAttention):
         mass = self._state.mass
         if mass is None and not reader.is_done:
             return
-        length = reader.length
+        length, total = reader.length, None
         pages = reader.pages[self._layer_index]
-        keys = self._device.read_keys(kv_cache, pages)
-        keys = keys.flatten(1, 2)[:, :length].float()
+        keys = self._device.read_keys(kv_cache, pages).flatten(1, 2)[:, :length]
         chunk = query[reader.tokens].transpose(0, 1)
         if mass is not None:
             drawn = mass[pages].flatten(1)
-            drawn[:, :length] += attention_mass(chunk, keys, self.scale)
-            mass[pages] = drawn.view_as(mass[pages])
+            total = drawn[:, :length]
+            total += self._device.attention_mass(chunk, keys, self.scale)
+            mass[pages] = drawn.view(*pages.shape, -1)
         if reader.is_done:
             values = self._device.read_values(kv_cache, pages)
-            values = values.flatten(1, 2)[:, :length].float()
-            total = mass[pages].flatten(1)[:, :length] if mass is not None else None
+            values = values.flatten(1, 2)[:, :length]
             kept = self._survivors(reader, chunk, keys, values, total)
             meta.survivors.setdefault(reader.request_id, []).append(kept)
 
@@ -207,7 +190,7 @@ class DensePagedAttention(HeadPagedAttention):
     ) -> Survivors:
         window = min(self._policy.observation_window, reader.length)
         queries = chunk[:, chunk.shape[1] - window :].float()
-        prompt = Prompt(keys, values, queries, self.scale, mass)
+        prompt = Prompt(keys.float(), values.float(), queries, self.scale, mass)
         lanes = reader.plan.lanes[self._layer_index]
         chosen = self._policy.select(self._model, self._layer_index, prompt, lanes)
         lane_heads = list(zip(chosen.head_of_lane, chosen.positions, strict=True))
@@ -215,7 +198,8 @@ class DensePagedAttention(HeadPagedAttention):
             raise RuntimeError(f"policy {self._policy.name} broke its own lanes")
 
         def gather(source: torch.Tensor) -> torch.Tensor:
-            return torch.cat([source[head, kept] for head, kept in lane_heads])
+            rows = [source[head].index_select(0, kept) for head, kept in lane_heads]
+            return torch.cat(rows)
 
         return Survivors(
             chosen,

@@ -27,7 +27,8 @@ from kvserve.engine.dense_tables import DenseRowBuilder, DenseTables
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import DensePagedSpec
-from kvserve.plan import IntArray
+from kvserve.lanes import IntArray
+from kvserve.plan import blocks_of
 
 
 class DensePagedBackend(HeadPagedBackend):
@@ -61,12 +62,13 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
     def make_state(self, pool: torch.Tensor) -> TokenState:
         """Make room for what is remembered of each cached token."""
         shape = pool.shape[0], pool.shape[2]
+        self._pool, mass = pool, None
         asked = self.kv_cache_spec.rule.policy.capabilities.statistics
-        self._pool = pool
-        self._state = TokenState(
-            torch.full(shape, -1, dtype=torch.int32),
-            torch.zeros(shape) if "attention mass" in asked else None,
-        )
+        if "attention mass" in asked:
+            self.kernels.prepare_statistics()
+            mass = torch.zeros(shape)
+        position = torch.full(shape, -1, dtype=torch.int32)
+        self._state = TokenState(position, mass)
         return self._state
 
     def build(
@@ -84,12 +86,16 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         held = tables.lane_tokens(seq_lens[rows])
         full = seq_lens[rows, None] - tables.dropped[:, rows] > held
         readers = self._readers(common, query_start, seq_lens)
+        heads = self.kv_cache_spec.plan.num_kv_heads
+        positions = _positions(query_start, seq_lens)
+        heavy = full & tables.heavy[:, rows]
+        safe_from = seq_lens[rows, None] - 1 - tables.protected[:, rows]
         self._step = DenseMetadata(
             **{one.name: getattr(base, one.name) for one in fields(base)},
-            positions=torch.from_numpy(_positions(query_start, seq_lens)),
+            positions=torch.from_numpy(positions.astype(np.int32).repeat(heads)),
             lengths=_by_row(held),
-            heavy=_by_row(full & tables.heavy[:, rows]),
-            protected=_by_row(tables.protected[:, rows]),
+            heavy=[torch.from_numpy(np.flatnonzero(layer)) for layer in heavy],
+            safe_from=_by_row(safe_from),
             weighed=self._weighed(base.num_decode_tokens, readers),
             readers=readers,
         )
@@ -115,7 +121,7 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
             length = int(seq_lens[row])
             if length > plan.prompt_tokens:
                 continue
-            blocks = -(-length // plan.page_size)
+            blocks = blocks_of(length, plan.page_size)
             pages = self.tables.by_slot[:, row, :, :blocks].astype(np.int64)
             tokens = slice(int(query_start[row]), int(query_start[row + 1]))
             reader = Reader(name, plan, tokens, length, torch.from_numpy(pages))
@@ -134,17 +140,11 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         self, request_id: str, layers: list[Survivors], pages: PageArray
     ) -> None:
         plan, size = self.tables.plan_of(request_id), self._pool.shape[2]
-        # Lanes begin at page boundaries: count places, lane after lane.
-        keep = plan.keep.ravel()
-        blocks = -(-keep // size)
-        first = np.repeat((blocks.cumsum() - blocks) * size, keep)
-        within = np.arange(keep.sum()) - np.repeat(keep.cumsum() - keep, keep)
-        place = first + within
+        place = plan.kept_places
         page = pages[place // size].astype(np.int64)
         slots = torch.from_numpy(page * size + place % size)
-        dtype = self._pool.dtype
-        keys = torch.cat([layer.keys for layer in layers]).to(dtype)
-        values = torch.cat([layer.values for layer in layers]).to(dtype)
+        keys = torch.cat([layer.keys for layer in layers])
+        values = torch.cat([layer.values for layer in layers])
         self.kernels.write(keys, values, self._pool, slots)
         state = self._state
         positions = torch.cat([layer.positions for layer in layers])

@@ -4,43 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvserve.dense_plan import DensePlan
 from kvserve.engine.manager import HeadPagedManager
-from kvserve.engine.spec import DensePagedSpec
 
 
 class DensePagedManager(HeadPagedManager):
     """Gives a request a full cache while it reads its prompt, then what its lanes keep.
 
-    The scheduler tells prompt lengths by :meth:`expect`. Invariant: the page list of a
-    request has ``plan.entries(n)`` entries, and those that were freed are null.
+    Invariant: the page list of a request has ``plan.entries(n)`` entries, and those
+    that were freed are null.
     """
 
-    def __init__(
-        self, kv_cache_spec: DensePagedSpec, block_pool: BlockPool, **kwargs: Any
-    ) -> None:
-        super().__init__(kv_cache_spec, block_pool, **kwargs)
-        self._rule = kv_cache_spec.rule
-        self._prompt_tokens: dict[str, int] = {}
-
-    def expect(self, request_id: str, prompt_tokens: int) -> None:
-        """Note a request's prompt; it may be preempted and come back many times."""
-        self._prompt_tokens[request_id] = prompt_tokens
-
-    def forget(self, request_id: str) -> None:
-        """Drop a request that will not come back."""
-        self._prompt_tokens.pop(request_id, None)
-
     def plan_of(self, request_id: str) -> DensePlan:
-        return self._rule.plan(self._prompt_tokens[request_id])
-
-    def _entries(self, request_id: str, num_tokens: int) -> int:
-        return self.plan_of(request_id).entries(num_tokens)
+        return cast(DensePlan, self._plans[request_id])
 
     def get_num_blocks_to_allocate(
         self,

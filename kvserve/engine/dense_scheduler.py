@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from kvserve.engine.dense_manager import DensePagedManager
-from kvserve.engine.spec import DensePagedSpec
+from kvserve.dense_plan import DenseRule
+from kvserve.engine.scheduler import ElasticScheduler
 
 
-class DenseScheduler(Scheduler):
+class DenseScheduler(ElasticScheduler):
     """Ends a chunk at the end of the prompt, and makes the last chunk long enough.
 
     Nothing else about scheduling changes. A preempted request reads its prompt again
@@ -22,20 +21,10 @@ class DenseScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        self._pages = cast(DensePagedManager, manager)
-        spec = cast(DensePagedSpec, self._pages.kv_cache_spec)
-        self._window = spec.rule.policy.observation_window
+        rule = cast(DenseRule, self._pages.rule)
+        self._window = rule.policy.observation_window
         # vLLM asks the method below, under the name of its first user, for every cut.
         self.need_mamba_block_aligned_split = True
-
-    def add_request(self, request: Request) -> None:
-        self._pages.expect(request.request_id, request.num_prompt_tokens)
-        super().add_request(request)
-
-    def _free_blocks(self, request: Request) -> None:
-        super()._free_blocks(request)
-        self._pages.forget(request.request_id)
 
     def _mamba_block_aligned_split(
         self,

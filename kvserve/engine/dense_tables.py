@@ -10,7 +10,8 @@ import numpy as np
 from kvserve.dense_plan import DensePlan, DenseRule, blocks_of_each
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
-from kvserve.plan import UNBOUNDED, IntArray, PagePlan, blocks_of
+from kvserve.lanes import IntArray
+from kvserve.plan import UNBOUNDED, PagePlan, blocks_of
 
 
 class DenseTables(PageTables):
@@ -29,7 +30,7 @@ class DenseTables(PageTables):
 
     def __init__(self, rule: DenseRule, max_requests: int, max_tokens: int) -> None:
         super().__init__(rule.full, max_requests, max_tokens)
-        self._rule = rule
+        self._dense_rule = rule
         shape = self.open_page.shape
         self.dropped: IntArray = np.zeros(shape, dtype=np.int64)
         self.capacity: IntArray = np.full(shape, UNBOUNDED, dtype=np.int64)
@@ -38,19 +39,19 @@ class DenseTables(PageTables):
         self.protected: IntArray = np.zeros(shape, dtype=np.int64)
         self._prompt_tokens: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._held: IntArray = np.zeros(max_requests, dtype=np.int64)
-        self._plans: dict[str, DensePlan] = {}
+        self._dense_plans: dict[str, DensePlan] = {}
         self._lane_of_head: dict[str, IntArray] = {}
 
     @property
     def full_plan(self) -> PagePlan:
         return self._plan
 
-    def expect(self, request_id: str, prompt_tokens: int) -> None:
-        """Note the prompt of a new request."""
-        self._plans[request_id] = self._rule.plan(prompt_tokens)
+    def expect(self, request_id: str, prompt_tokens: int, reply_tokens: int) -> None:
+        plan = self._dense_rule.of_request(prompt_tokens, reply_tokens)
+        self._dense_plans[request_id] = plan
 
     def plan_of(self, request_id: str) -> DensePlan:
-        return self._plans[request_id]
+        return self._dense_plans[request_id]
 
     def is_settled(self, request_id: str) -> bool:
         return request_id in self._lane_of_head
@@ -70,10 +71,9 @@ class DenseTables(PageTables):
             self._lane_of_head.pop(request_id, None)
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        """Drop requests that will not come back."""
         for request_id in request_ids:
             self._lane_of_head.pop(request_id, None)
-            self._plans.pop(request_id, None)
+            self._dense_plans.pop(request_id, None)
 
     def refresh(
         self, request_ids: list[str], page_lists: PageArray, seq_lens: IntArray
@@ -114,7 +114,7 @@ class DenseTables(PageTables):
             self._lay_out(int(row), request_ids[row])
 
     def _lay_out(self, row: int, request_id: str) -> None:
-        plan = self._plans[request_id]
+        plan = self._dense_plans[request_id]
         lane_of_head = self._lane_of_head.get(request_id)
         self._prompt_tokens[row] = plan.prompt_tokens
         if lane_of_head is None:
@@ -139,7 +139,7 @@ class DenseTables(PageTables):
         if lane_of_head is None:
             self._update_row(row, page_list, blocks_of(tokens, self._plan.page_size))
             return
-        plan = self._plans[request_id]
+        plan = self._dense_plans[request_id]
         kept = plan.kept_entries
         if before == 0:
             self._place(row, lane_of_head, plan.kept_slots, page_list[:kept])

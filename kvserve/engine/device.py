@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from kvserve.engine.rows import RowShapes
+from kvserve.kernels import native, statistics
+from kvserve.kernels.statistics import CachedRows
 
 PAGE_SIZE = 32
 """Tokens of a head page: the smallest that vLLM's CPU kernels take."""
@@ -42,6 +45,35 @@ class Device(Protocol):
     def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Return values of ``pages``, ``[*pages.shape, page_size, D]``."""
 
+    def prepare_statistics(self) -> None:
+        """Get the three calls below ready, before the first request."""
+
+    def attention_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As ``kernels.statistics`` says."""
+
+    def add_row_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        cached: CachedRows,
+        scale: float,
+        mass: torch.Tensor,
+    ) -> None:
+        """As ``kernels.statistics`` says, with the keys of ``pool``."""
+
+    def lightest_slots(
+        self,
+        cached: CachedRows,
+        mass: torch.Tensor,
+        position: torch.Tensor,
+        own: torch.Tensor,
+        safe_from: torch.Tensor,
+        by_count: bool,
+    ) -> torch.Tensor:
+        """As ``kernels.statistics`` says."""
+
     def attend(
         self,
         query: torch.Tensor,
@@ -52,6 +84,21 @@ class Device(Protocol):
         out: torch.Tensor,
     ) -> None:
         """Run causal attention of ``query [n, G, head_size]`` into ``out``."""
+
+
+@dataclass(frozen=True)
+class HalfLayout:
+    """How one half of a page, its keys or its values, lies in memory.
+
+    Attributes:
+        order: Place of each number, token by token, ``[page_size * head_size]``.
+        is_plain: They lie token by token.
+        is_transposed: They lie dimension by dimension.
+    """
+
+    order: torch.Tensor
+    is_plain: bool
+    is_transposed: bool
 
 
 class CPUDevice:
@@ -102,22 +149,64 @@ class CPUDevice:
     def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         return self._read(pool, pages, 1)
 
-    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
-        content = pool.view(len(pool), 2, -1)[:, half][pages]
-        order, is_transposed = self._layout[half]
-        if is_transposed:
-            shape = (*pages.shape, self._head_size, self._page_size)
-            return content.view(shape).transpose(-1, -2)
-        shape = (*pages.shape, self._page_size, self._head_size)
-        return content[..., order].view(shape)
+    def prepare_statistics(self) -> None:
+        native.library()
+
+    def attention_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return native.attention_mass(query, key, scale)
+
+    def add_row_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        cached: CachedRows,
+        scale: float,
+        mass: torch.Tensor,
+    ) -> None:
+        if native.library() is None or pool.dtype == torch.float16:
+            keys = self.read_keys(pool, cached.pages())
+            statistics.add_row_attention(query, keys, cached, scale, mass)
+        else:
+            places = self._key_places
+            native.add_row_attention(query, pool, places, cached, scale, mass)
+
+    def lightest_slots(
+        self,
+        cached: CachedRows,
+        mass: torch.Tensor,
+        position: torch.Tensor,
+        own: torch.Tensor,
+        safe_from: torch.Tensor,
+        by_count: bool,
+    ) -> torch.Tensor:
+        return native.lightest_slots(cached, mass, position, own, safe_from, by_count)
 
     @cached_property
-    def _layout(self) -> list[tuple[torch.Tensor, bool]]:
-        """Where each element of keys, and of values, lies in its half of a page.
+    def _key_places(self) -> torch.Tensor | None:
+        """Where a page has its keys, ``[head_size, page_size]``, unless just so."""
+        keys = self._layouts[0]
+        by_token = keys.order.view(self._page_size, self._head_size)
+        return None if keys.is_transposed else by_token.T.int().contiguous()
 
-        Kernels lay keys out as their instructions like them. What they do is found
+    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
+        content = pool.view(len(pool), 2, -1)[:, half].index_select(0, pages.flatten())
+        size, width = self._page_size, self._head_size
+        layout = self._layouts[half]
+        if layout.is_transposed:
+            return content.view(*pages.shape, width, size).transpose(-1, -2)
+        if not layout.is_plain:
+            content = content[:, layout.order]
+        return content.view(*pages.shape, size, width)
+
+    @cached_property
+    def _layouts(self) -> list[HalfLayout]:
+        """How keys, and values, lie in their half of a page.
+
+        Kernels lay them out as their instructions like them. What they do is found
         by writing numbered elements, one base-128 digit after the other, since every
-        type holds those exactly. The flag tells of a plain transposition.
+        type holds those exactly.
         """
         size, width = self._page_size, self._head_size
         number = torch.arange(size * width).view(size, width)
@@ -128,9 +217,13 @@ class CPUDevice:
             element = (number // 128**digit % 128).to(self._dtype)
             self.write(element, element, pool, slots)
             found += pool.view(2, -1).long() * 128**digit
-        transposed = torch.arange(size * width).view(width, size).T.flatten()
         return [
-            (order, torch.equal(order, transposed)) for order in found.argsort(dim=1)
+            HalfLayout(
+                order=half.argsort(),
+                is_plain=torch.equal(half, number.flatten()),
+                is_transposed=torch.equal(half, number.T.flatten()),
+            )
+            for half in found
         ]
 
     def attend(

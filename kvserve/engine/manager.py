@@ -11,7 +11,9 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from kvserve.dense_plan import DensePlan
 from kvserve.engine.spec import HeadPagedSpec
+from kvserve.plan import PagePlan
 
 
 class HeadPagedManager(SingleTypeKVCacheManager):
@@ -20,6 +22,9 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     Invariant: after ``allocate_new_blocks(request, n)`` the request holds
     ``max(plan.pages(m) for m <= n seen so far)`` pages, in the plan's list order. A
     bounded lane recycles its own pages in place, so nothing is freed before the end.
+
+    Where requests have plans of their own, the scheduler tells lengths by
+    :meth:`expect`.
     """
 
     def __init__(
@@ -27,6 +32,8 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     ) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self._plan = kv_cache_spec.plan
+        self.rule = kv_cache_spec.rule
+        self._plans: dict[str, PagePlan | DensePlan] = {}
         # Scratch pages leave the pool for good. This manager is the pool's first
         # caller, so they are blocks 1..K and the worker knows them without a message.
         # The pool is told that it is smaller: usage counts what requests can have.
@@ -36,9 +43,19 @@ class HeadPagedManager(SingleTypeKVCacheManager):
             raise RuntimeError("scratch pages must be the first blocks of the pool")
         block_pool.num_gpu_blocks -= len(scratch)
 
+    def expect(self, request_id: str, prompt_tokens: int, reply_tokens: int) -> None:
+        """Note a new request; it may be preempted and come back many times."""
+        self._plans[request_id] = self.rule.of_request(prompt_tokens, reply_tokens)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request that will not come back."""
+        self._plans.pop(request_id, None)
+
     def _entries(self, request_id: str, num_tokens: int) -> int:
         """Length of the page list of a request with ``num_tokens`` tokens."""
-        return self._plan.pages(num_tokens)
+        if self.rule.is_elastic:
+            return self._plans[request_id].entries(num_tokens)
+        return self._plan.entries(num_tokens)
 
     def get_num_blocks_to_allocate(
         self,

@@ -18,10 +18,11 @@ from vllm.platforms import current_platform
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
-from policies.base import DensePolicy
+from policies.base import DensePolicy, StreamingPolicy
 
 _WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
-_SCHEDULER = "kvserve.engine.dense_scheduler.DenseScheduler"
+_ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
+_DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
 _STOCK = "or serve with stock vLLM: `--policy none`"
 
 _REFUSED: dict[str, str] = {
@@ -63,12 +64,7 @@ def engine_options(
                 f"replica; use 1, {_STOCK}"
             )
     _check_cache_type(options)
-    block_size = options.get("block_size") or PAGE_SIZE
-    if block_size % PAGE_SIZE:
-        raise UserError(
-            f"--block-size={block_size}: a head page holds a multiple of "
-            f"{PAGE_SIZE} tokens"
-        )
+    block_size = _block_size(settings, options)
     additional = dict(options.get("additional_config") or {})
     if CONFIG_KEY in additional:
         raise UserError(
@@ -93,15 +89,38 @@ def engine_options(
 def _scheduler_for(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Name the scheduler of a dense policy; others run under vLLM's own."""
-    if not isinstance(settings.create_policy(), DensePolicy):
+    """Name the scheduler of a policy that vLLM's own does not serve."""
+    policy = settings.create_policy()
+    if isinstance(policy, DensePolicy):
+        scheduler = _DENSE
+    elif policy.capabilities.elastic:
+        scheduler = _ELASTIC
+    else:
         return {}
-    if options.get("scheduler_cls") not in (None, _SCHEDULER):
+    if options.get("scheduler_cls") not in (None, scheduler):
         raise UserError(
             f"--scheduler-cls={options['scheduler_cls']}: --policy {settings.policy} "
-            "cuts prompts by a scheduler of its own; leave it out"
+            "runs under a scheduler of its own; leave it out"
         )
-    return {"scheduler_cls": _SCHEDULER}
+    return {"scheduler_cls": scheduler}
+
+
+def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
+    """Tokens of a page: what the user asks for, unless the policy insists."""
+    policy = settings.create_policy()
+    own = policy.page_size if isinstance(policy, StreamingPolicy) else None
+    block_size: int = options.get("block_size") or own or PAGE_SIZE
+    if block_size % PAGE_SIZE:
+        raise UserError(
+            f"--block-size={block_size}: a head page holds a multiple of "
+            f"{PAGE_SIZE} tokens"
+        )
+    if own not in (None, block_size):
+        raise UserError(
+            f"--block-size={block_size}: --policy {settings.policy} thinks in blocks "
+            f"of {own} tokens; leave it out"
+        )
+    return block_size
 
 
 def prepare_environment() -> None:

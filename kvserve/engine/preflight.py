@@ -16,19 +16,17 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import get_dtype_size
 
-from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import (
+    Rule,
     check_batch,
     check_model,
-    model_shape_of,
-    plan_of,
+    rule_of,
     scratch_of,
 )
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan
+from kvserve.plan import StreamRule
 from kvserve.units import format_bytes
-from policies.base import StreamingPolicy
 
 
 def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfig:
@@ -54,19 +52,19 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
-    plan = plan_of(config)
+    rule = rule_of(config)
     if announce:
-        _announce(config, plan)
-    check_batch(config, plan)
-    check_pool(config, plan)
+        _announce(config, rule)
+    check_batch(config, rule)
+    check_pool(config, rule)
     return config
 
 
-def _announce(config: VllmConfig, plan: PagePlan | DenseRule) -> None:
+def _announce(config: VllmConfig, rule: Rule) -> None:
     settings = PolicySettings.from_config(config)
-    policy, lines = settings.create_policy(), [plan.describe()]
-    if isinstance(policy, StreamingPolicy):
-        lines += filter(None, [policy.remark(model_shape_of(config))])
+    lines = [rule.describe()]
+    if isinstance(rule, StreamRule):
+        lines += filter(None, [rule.policy.remark(rule.model)])
     for line in lines:
         print(f"kvserve: policy {settings.policy}: {line}", file=sys.stderr)
 
@@ -78,7 +76,7 @@ def page_bytes_of(config: VllmConfig) -> int:
     return values * get_dtype_size(cast(torch.dtype, model.dtype))
 
 
-def check_pool(config: VllmConfig, plan: PagePlan | DenseRule) -> None:
+def check_pool(config: VllmConfig, rule: Rule) -> None:
     """Refuse a pool that cannot hold one request of the longest length.
 
     A pool that vLLM sizes itself is checked by the engine process.
@@ -90,7 +88,7 @@ def check_pool(config: VllmConfig, plan: PagePlan | DenseRule) -> None:
         return
     length = config.model_config.max_model_len
     # One page more: vLLM's block 0 is never given out.
-    pages = plan.most_pages(length) + scratch_of(config, plan) + 1
+    pages = rule.most_pages(length) + scratch_of(config, rule) + 1
     needed = pages * page_bytes_of(config)
     if size < needed:
         raise UserError(

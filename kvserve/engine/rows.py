@@ -3,8 +3,9 @@
 
 A *row* is a sequence of queries that share one KV head and one page table: a (request,
 KV head) pair in decode and for full heads, a (request, KV head, query block) triple
-for bounded heads in prefill. Kernels run rows with ``num_kv_heads = 1`` and know
-nothing of policies: what a head may see is which pages its rows list.
+for bounded heads in prefill; which heads are bounded may differ among requests.
+Kernels run rows with ``num_kv_heads = 1`` and know nothing of policies: what a head
+may see is which pages its rows list.
 
 Rows of a step come in two parts. Decode rows follow the tokens, ``(request, head)``,
 so that queries ``[tokens, H_q, D]`` are rows by a mere view. Prefill rows are
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvserve.engine.page_tables import PageArray, PageTables
-from kvserve.plan import IntArray, PagePlan
+from kvserve.lanes import BoolArray, IntArray
+from kvserve.plan import PagePlan
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -66,8 +68,6 @@ class RowBuilder:
     def __init__(self, plan: PagePlan, tables: PageTables) -> None:
         self._plan = plan
         self._tables = tables
-        lanes = [plan.sink_array, plan.window_array]
-        self._lanes = np.concatenate(lanes, axis=1)
 
     def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
         """Build the rows of a batch whose one-token requests come first.
@@ -86,7 +86,7 @@ class RowBuilder:
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
         slots = np.concatenate([slots, chunks.slots()], axis=1)
         exemplars, shape_of_layer = _alike_layers(
-            np.concatenate([self._lanes, decode_lens], axis=1)
+            np.concatenate([chunks.row_lengths(), decode_lens], axis=1)
         )
         shapes = [
             self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
@@ -102,7 +102,11 @@ class RowBuilder:
 
     def _decode_lens(self, seq_lens: IntArray) -> IntArray:
         """Keys each decode row sees, ``[num_layers, requests * H_kv]``."""
-        visible = self._plan.visible_tokens(seq_lens).swapaxes(1, 2)
+        size = self._plan.page_size
+        block = (seq_lens - 1) // size
+        lanes = self._tables.lanes.first_rows(len(seq_lens))
+        hidden = lanes.hidden(block[:, None, None])[..., 0]
+        visible = seq_lens[:, None] - hidden * size
         return visible.reshape(self._plan.num_layers, -1)
 
     def _decode_slots(self, seq_lens: IntArray) -> IntArray:
@@ -130,12 +134,9 @@ class RowBuilder:
     ) -> RowShapes:
         lengths, seq_lens = [np.ones_like(decode_lens)], [decode_lens]
         for head in range(self._plan.num_kv_heads):
-            if self._plan.windows[layer][head]:
-                lengths.append(chunks.block_lengths)
-                seq_lens.append(chunks.visible[layer, head])
-            else:
-                lengths.append(chunks.lengths)
-                seq_lens.append(chunks.seq_lens)
+            row_lengths, row_seq_lens = chunks.rows(layer, head)
+            lengths.append(row_lengths)
+            seq_lens.append(row_seq_lens)
         starts = np.concatenate([[0], *lengths]).cumsum()
         return RowShapes(
             starts.astype(np.int32), np.concatenate(seq_lens).astype(np.int32)
@@ -145,16 +146,8 @@ class RowBuilder:
         first, heads = chunks.first_row, self._plan.num_kv_heads
         width = self._tables.by_slot.shape[3]
         decode = self._tables.ordered[layer, :first].reshape(first * heads, width)
-        parts: list[PageArray] = [decode]
-        for head in range(heads):
-            if self._plan.windows[layer][head]:
-                listed = chunks.bounded_tables[layer, head]
-                pad = np.zeros((len(listed), width - listed.shape[1]), np.int32)
-                parts.append(np.concatenate([listed, pad], axis=1))
-            else:
-                rows = slice(first, first + len(chunks.lengths))
-                parts.append(self._tables.by_slot[layer, rows, head])
-        return np.concatenate(parts)
+        parts = [chunks.page_table(layer, head) for head in range(heads)]
+        return np.concatenate([decode, *parts])
 
 
 def _alike_layers(values: IntArray) -> tuple[list[int], list[int]]:
@@ -208,16 +201,49 @@ class _Chunks:
         start = np.maximum(self._block * size, first_token[self._chunk])
         stop = np.minimum((self._block + 1) * size, self.seq_lens[self._chunk])
         self.block_lengths = stop - start
-        self.visible = plan.visible_tokens(stop)
         self._offset = start % size
         self._is_last_of = self._block - last_block[self._chunk]
+        self._lanes = tables.lanes.by_head(first_row + self._chunk)
+        self._bounded: BoolArray = self._lanes.window > 0
+        by_block = self._block[:, None]
+        hidden = self._lanes.hidden(by_block)[..., 0]
+        self.visible: IntArray = stop - hidden * size
         # A block that is new to this chunk and finds no slot of its own free waits
         # in scratch: its ring slot is still read by the chunk's earlier queries.
         new = within > 0
         self._scratch_index = np.cumsum(new) - 1
-        self._in_scratch = new & (self._block >= plan.capacity[..., None])
-        self._pages = self._written_pages()
+        self._in_scratch = new & ~self._lanes.opens(by_block)[..., 0]
+        self._own = self._own_pages(by_block)[..., 0]
+        scratch = self._scratch_page(self._scratch_index)
+        self._pages = np.where(self._in_scratch, scratch, self._own)
         self.bounded_tables = self._bounded_tables()
+
+    def row_lengths(self) -> IntArray:
+        """What the lengths of a layer's rows follow from, ``[layers, any]``."""
+        layers = self._plan.num_layers
+        parts = [self._bounded.reshape(layers, -1), self.visible.reshape(layers, -1)]
+        return np.concatenate(parts, axis=1)
+
+    def rows(self, layer: int, head: int) -> tuple[IntArray, IntArray]:
+        """Queries of each of a head's rows, and keys that the row's last one sees."""
+        blocks = self._bounded[layer, head]
+        lengths = [self.block_lengths, self.lengths[self._chunk]]
+        seen = [self.visible[layer, head], self.seq_lens[self._chunk]]
+        is_row = blocks | (self._is_last_of == 0)
+        return np.where(blocks, *lengths)[is_row], np.where(blocks, *seen)[is_row]
+
+    def page_table(self, layer: int, head: int) -> PageArray:
+        """Pages of each of a head's rows, ``[rows, width]``."""
+        bounded = self._bounded[layer, head]
+        rows = self.first_row + self._chunk
+        if not bounded.any():
+            whole: PageArray = self._by_slot[layer, rows[self._is_last_of == 0], head]
+            return whole
+        is_row = bounded | (self._is_last_of == 0)
+        tables: PageArray = self._by_slot[layer, rows[is_row], head]
+        listed = self.bounded_tables[layer, head][bounded]
+        tables[bounded[is_row], : listed.shape[1]] = listed
+        return tables
 
     def _scratch_page(self, index: IntArray) -> IntArray:
         """Scratch page of a block, ``[heads, *index.shape]``; pages 1..K are scratch.
@@ -230,36 +256,34 @@ class _Chunks:
         page: IntArray = 1 + per_head + index
         return page
 
-    def _own_pages(self, block: IntArray, chunk: IntArray) -> IntArray:
-        """Page in the request's own list of ``block``, ``[layers, heads, *shape]``."""
-        layers = np.arange(self._plan.num_layers)[:, None, None]
-        heads = np.arange(self._plan.num_kv_heads)[None, :, None]
-        slot = self._plan.slot_of(block)
-        pages: PageArray = self._by_slot[layers, self.first_row + chunk, heads, slot]
+    def _own_pages(self, block: IntArray) -> IntArray:
+        """Pages in the requests' own lists, ``[layers, heads, blocks, n]``.
+
+        Args:
+            block: blocks of the request of each touched block.
+        """
+        layers = np.arange(self._plan.num_layers)[:, None, None, None]
+        heads = np.arange(self._plan.num_kv_heads)[None, :, None, None]
+        rows = (self.first_row + self._chunk)[:, None]
+        slot = self._lanes.slot_of(block)
+        pages: PageArray = self._by_slot[layers, rows, heads, slot]
         return pages.astype(np.int64)
 
-    def _written_pages(self) -> IntArray:
-        """Page each touched block is written to, ``[layers, heads, blocks]``."""
-        own = self._own_pages(self._block, self._chunk)
-        return np.where(self._in_scratch, self._scratch_page(self._scratch_index), own)
-
     def _bounded_tables(self) -> PageArray:
-        if not self._plan.has_bounded_lanes:
-            return np.zeros((0, 0, 0, 0), dtype=np.int32)
-        width = min(self._plan.bounded_width, self._by_slot.shape[3])
-        visible = self._plan.visible_blocks(self._block)[..., :width]
-        shape = visible.shape
+        if not self._bounded.any():
+            return np.zeros((*self._bounded.shape, 0), dtype=np.int32)
+        seen = -(-self.visible // self._plan.page_size)
+        width = int(seen[self._bounded].max())
+        visible = self._lanes.visible(self._block[:, None], width)[..., 0, :]
         distance = np.where(visible < 0, 0, visible - self._block[:, None])
         # Listed blocks of this chunk are the touched block `distance` places back.
         touched = np.arange(len(self._block))[:, None] + distance
         same_chunk = (touched >= 0) & (
             self._chunk[np.maximum(touched, 0)] == self._chunk[:, None]
         )
-        flat = np.maximum(visible, 0).reshape(*shape[:2], -1)
-        chunk = np.repeat(self._chunk, width)
-        own = self._own_pages(flat, chunk).reshape(shape)
-        layers = np.arange(shape[0])[:, None, None, None]
-        heads = np.arange(shape[1])[None, :, None, None]
+        own = self._own_pages(np.maximum(visible, 0))
+        layers = np.arange(visible.shape[0])[:, None, None, None]
+        heads = np.arange(visible.shape[1])[None, :, None, None]
         written = self._pages[layers, heads, np.maximum(touched, 0)]
         return np.where(same_chunk & (visible >= 0), written, own).astype(np.int32)
 
@@ -275,11 +299,8 @@ class _Chunks:
 
     def copies(self) -> list[tuple[IntArray, IntArray]]:
         """Scratch pages that survive the chunk and the ring pages they go to."""
-        survives = self._in_scratch & (
-            self._is_last_of > -self._plan.window_array[..., None]
-        )
-        own = self._own_pages(self._block, self._chunk)
+        survives = self._in_scratch & (self._is_last_of > -self._lanes.window)
         return [
-            (self._pages[layer][survives[layer]], own[layer][survives[layer]])
+            (self._pages[layer][survives[layer]], self._own[layer][survives[layer]])
             for layer in range(self._plan.num_layers)
         ]

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvserve.dense_plan import DenseRule
-from kvserve.plan import PagePlan
+from kvserve.plan import PagePlan, StreamRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,12 @@ class HeadPagedSpec(AttentionSpec):
     """One flat pool of head pages, shared by all layers and KV heads.
 
     ``num_kv_heads`` is 1 by construction: ``page_size_bytes`` is one head page.
+    ``plan`` is that of the longest request, which needs most; ``rule`` makes the plan
+    of each.
     """
 
     plan: PagePlan
+    rule: StreamRule | DenseRule
     num_scratch_pages: int
 
     @property
@@ -53,4 +56,4 @@ class DensePagedSpec(HeadPagedSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Lanes open pages at different times: each may hold one more than the plan.
-        return self.plan.pages(max_len) + self.plan.capacity.size
+        return self.plan.pages(max_len) + self.plan.num_lanes

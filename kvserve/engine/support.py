@@ -15,10 +15,14 @@ from vllm.v1.attention.backend import AttentionType
 from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, scratch_pages
+from kvserve.plan import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, StreamingPolicy
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
+_DENSE_EVERY = "dense_attention_every_n_layers"
+
+Rule = StreamRule | DenseRule
+"""What makes the page plan of each request."""
 
 
 def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
@@ -31,53 +35,62 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
         max_tokens=model.max_model_len,
+        pattern=_declared_pattern(model.hf_text_config),
     )
 
 
-def plan_of(vllm_config: VllmConfig) -> PagePlan | DenseRule:
-    """Make the page plan of the policy that a configuration names.
+def _declared_pattern(text_config: Any) -> tuple[tuple[str, Any], ...]:
+    """Entries by which a configuration declares block-sparse attention."""
+    entries = text_config.to_dict().items()
+    return tuple(
+        sorted(
+            (name, value)
+            for name, value in entries
+            if name.startswith("blocksparse_") or name == _DENSE_EVERY
+        )
+    )
 
-    Returns:
-        The plan of all requests of a streaming policy, the rule that makes each
-        request's plan of a dense one.
-    """
+
+def rule_of(vllm_config: VllmConfig) -> Rule:
+    """Return what makes the page plan of each request, under the config's policy."""
     policy = PolicySettings.from_config(vllm_config).create_policy()
     model = model_shape_of(vllm_config)
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
     if isinstance(policy, DensePolicy):
-        rule = DenseRule(policy, model, page_size, max_tokens)
-        rule.plan(max_tokens)  # refuses a model that the policy cannot serve
-        return rule
-    if isinstance(policy, StreamingPolicy):
-        return PagePlan.from_budgets(policy.budgets(model), page_size, max_tokens)
-    raise UserError(
-        f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
-    )
+        rule: Rule = DenseRule(policy, model, page_size, max_tokens)
+    elif isinstance(policy, StreamingPolicy):
+        rule = StreamRule(policy, model, page_size, max_tokens)
+    else:
+        raise UserError(
+            f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
+        )
+    rule.plan(max_tokens)  # refuses a model that the policy cannot serve
+    return rule
 
 
-def scratch_of(vllm_config: VllmConfig, plan: PagePlan | DenseRule) -> int:
+def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     """Pages that prefill needs beside what requests hold."""
-    if isinstance(plan, DenseRule):
+    if isinstance(rule, DenseRule):
         return 0
     scheduler = vllm_config.scheduler_config
-    return scratch_pages(plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+    return scratch_pages(rule, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
 
 
-def check_batch(vllm_config: VllmConfig, plan: PagePlan | DenseRule) -> None:
+def check_batch(vllm_config: VllmConfig, rule: Rule) -> None:
     """Refuse steps too short for the last chunk of a dense prefill.
 
     Raises:
         UserError: names the flag and the least value.
     """
-    if not isinstance(plan, DenseRule):
+    if not isinstance(rule, DenseRule):
         return
     scheduler = vllm_config.scheduler_config
-    least = plan.policy.observation_window + scheduler.max_num_seqs
+    least = rule.policy.observation_window + scheduler.max_num_seqs
     if scheduler.max_num_batched_tokens < least:
         raise UserError(
             f"--max-num-batched-tokens={scheduler.max_num_batched_tokens}: policy "
-            f"{plan.policy.name} reads the end of a prompt in one step beside "
+            f"{rule.policy.name} reads the end of a prompt in one step beside "
             f"--max-num-seqs={scheduler.max_num_seqs} others; give at least {least}"
         )
 

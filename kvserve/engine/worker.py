@@ -7,7 +7,7 @@ worker in the same process is stock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -24,10 +24,8 @@ from kvserve.engine.attention import HeadPagedAttention
 from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
-from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
-from kvserve.engine.support import check_layers, plan_of, scratch_of
-from kvserve.plan import PagePlan
+from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
 
 _STREAMING = "kvserve.engine.backend.HeadPagedBackend"
 _DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
@@ -45,15 +43,24 @@ def _attention_backend(path: str) -> Iterator[None]:
         selector._cached_get_attn_backend.cache_clear()
 
 
+def _lengths(request: NewRequestData) -> tuple[int, int]:
+    """Tokens of a request's prompt, and of the longest reply it may get."""
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    prompt_tokens = len(ids if ids is not None else cast(Sized, embeds))
+    sampling = request.sampling_params
+    assert sampling is not None, "check_model refuses pooling"
+    return prompt_tokens, sampling.max_tokens or 0
+
+
 class HeadPagedCPUWorker(CPUWorker):
     """A CPU worker whose KV cache is a pool of head pages under a policy."""
 
     _builder: HeadPagedMetadataBuilder
-    _plan: PagePlan | DenseRule
+    _rule: Rule
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        self._plan = plan_of(self.vllm_config)
-        is_dense = isinstance(self._plan, DenseRule)
+        self._rule = rule_of(self.vllm_config)
+        is_dense = isinstance(self._rule, DenseRule)
         with _attention_backend(_DENSE if is_dense else _STREAMING):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
@@ -67,17 +74,18 @@ class HeadPagedCPUWorker(CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         stock = super().get_kv_cache_spec()
         first, spec = next(iter(stock.items()))
-        layer, plan = self._attention_layers()[first], self._plan
+        layer, rule = self._attention_layers()[first], self._rule
         page: dict[str, Any] = {
-            "num_scratch_pages": scratch_of(self.vllm_config, plan),
+            "rule": rule,
+            "num_scratch_pages": scratch_of(self.vllm_config, rule),
             "block_size": spec.block_size,
             "num_kv_heads": 1,
             "head_size": layer.head_size,
             "dtype": layer.kv_cache_torch_dtype,
         }
-        if isinstance(plan, DenseRule):
-            return {first: DensePagedSpec(**page, plan=plan.full, rule=plan)}
-        return {first: HeadPagedSpec(**page, plan=plan)}
+        if isinstance(rule, DenseRule):
+            return {first: DensePagedSpec(**page, plan=rule.full)}
+        return {first: HeadPagedSpec(**page, plan=rule.longest)}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -87,12 +95,12 @@ class HeadPagedCPUWorker(CPUWorker):
         layers = self._attention_layers().values()
         for index, layer in enumerate(layers):
             cast(HeadPagedAttention, layer.impl).bind(self._builder.kernels, index)
-        if isinstance(self._plan, DenseRule):
+        if isinstance(self._rule, DenseRule):
             builder = cast(DenseMetadataBuilder, self._builder)
             state = builder.make_state(next(iter(layers)).kv_cache)
             for layer in layers:
                 impl = cast(DensePagedAttention, layer.impl)
-                impl.learn(self._plan.policy, self._plan.model, state)
+                impl.learn(self._rule.policy, self._rule.model, state)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         new = scheduler_output.scheduled_new_reqs
@@ -100,13 +108,12 @@ class HeadPagedCPUWorker(CPUWorker):
         tables = self._builder.tables
         if new or resumed:
             tables.forget([*(request.req_id for request in new), *resumed])
-        if not isinstance(tables, DenseTables):
-            return super().execute_model(scheduler_output)
         tables.finish(list(scheduler_output.finished_req_ids))
         for request in new:
-            tables.expect(request.req_id, len(request.prompt_token_ids or ()))
+            tables.expect(request.req_id, *_lengths(request))
         output = super().execute_model(scheduler_output)
-        cast(DenseMetadataBuilder, self._builder).settle()
+        if isinstance(self._builder, DenseMetadataBuilder):
+            self._builder.settle()
         return output
 
     def _attention_layers(self) -> dict[str, Attention]:

@@ -7,11 +7,35 @@ complete, and sums over rows add up chunk by chunk to those of the whole prompt.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import e, log2
+
 import torch
 from torch import Tensor
 
 _TILE = 64
 """Queries at once: their logits should stay in the cache of a core."""
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Where the cached tokens of some rows of a page table lie.
+
+    Attributes:
+        page_table: ``[R, W]``, int32.
+        lengths: Tokens of each row of the table, ``[R]``, int64.
+        rows: Those that are meant, ``[n]``, int64.
+    """
+
+    page_table: Tensor
+    lengths: Tensor
+    rows: Tensor
+    page_size: int
+
+    def pages(self) -> Tensor:
+        """Pages of the rows meant, ``[n, w]``, as wide as the longest of them."""
+        width = int(-(-self.lengths[self.rows].max() // self.page_size))
+        return self.page_table[self.rows, :width].long()
 
 
 def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -26,7 +50,9 @@ def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """
     kv_heads, keys, width = key.shape
     queries = query.shape[1]
-    grouped = (query.float() * scale).view(kv_heads, -1, queries, width)
+    # Base 2, for which PyTorch has the faster exponential.
+    grouped = query.float() * (scale * log2(e))
+    grouped = grouped.view(kv_heads, -1, queries, width)
     transposed = key.float().transpose(1, 2).contiguous()
     mass = torch.zeros(kv_heads, keys, device=key.device)
     future = torch.ones(_TILE, _TILE, dtype=torch.bool, device=key.device).triu(1)
@@ -41,7 +67,7 @@ def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
             )
             own = logits[..., seen - rows :]
             own.masked_fill_(future[:rows, :rows], float("-inf"))
-            weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+            weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp2_()
             share = 1 / weights.sum(dim=-1)
             mass[head, :seen] += share.flatten() @ weights.flatten(0, 1)
     return mass
@@ -64,6 +90,24 @@ def row_attention(query: Tensor, key: Tensor, lengths: Tensor, scale: float) -> 
     return logits.softmax(dim=-1).sum(dim=1)
 
 
+def add_row_attention(
+    query: Tensor, key: Tensor, cached: CachedRows, scale: float, mass: Tensor
+) -> None:
+    """Add the attention of one query per row to the mass of its cached tokens.
+
+    Args:
+        query: ``[R, G, d]``, one for each row of the page table.
+        key: Keys of ``cached.pages()``, ``[n, w, page_size, d]``.
+        mass: ``[num_pages, page_size]``, float32, written in place.
+    """
+    rows, size = cached.rows, cached.page_size
+    lengths = cached.lengths[rows]
+    drawn = row_attention(query[rows], key.flatten(1, 2), lengths, scale)
+    places = torch.arange(size, device=mass.device)
+    slots = cached.pages()[..., None] * size + places
+    mass.view(-1).index_add_(0, slots.flatten(), drawn.flatten())
+
+
 def lightest(mass: Tensor, position: Tensor, safe_from: Tensor) -> Tensor:
     """Slot of each row's token of least mass before position ``safe_from``.
 
@@ -78,3 +122,31 @@ def lightest(mass: Tensor, position: Tensor, safe_from: Tensor) -> Tensor:
     tied = (mass == least) & ~barred
     far = torch.iinfo(position.dtype).max
     return position.masked_fill(~tied, far).argmin(dim=1)
+
+
+def lightest_slots(
+    cached: CachedRows,
+    mass: Tensor,
+    position: Tensor,
+    own: Tensor,
+    safe_from: Tensor,
+    by_count: bool,
+) -> Tensor:
+    """Slot in the pool of each row's :func:`lightest` token, ``[n]``.
+
+    Args:
+        mass, position: Of cached tokens, ``[num_pages, page_size]``.
+        own: Position of each row's query, ``[R]``.
+        safe_from: ``[R]``.
+        by_count: Divide mass by the queries that saw a token.
+    """
+    rows, size, pages = cached.rows, cached.page_size, cached.pages()
+    held = position[pages].flatten(1)
+    beyond = torch.arange(held.shape[1], device=held.device)
+    held = held.masked_fill(beyond >= cached.lengths[rows, None], -1)
+    weight = mass[pages].flatten(1)
+    if by_count:
+        weight = weight / (own[rows, None] - held)
+    victim = lightest(weight, held, safe_from[rows])
+    page = pages.gather(1, (victim // size)[:, None])[:, 0]
+    return page * size + victim % size

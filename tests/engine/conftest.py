@@ -12,34 +12,44 @@ from typing import Any
 
 import pytest
 
-from policies.base import HeadBudget, ModelShape
+from policies.base import HeadBudget, ModelShape, StreamingPolicy
 from policies.registry import create_policy
-from tests.engine.harness import EngineSlot, write_profile
+from tests.engine.harness import PAGE, EngineSlot, write_profile
 from tests.reference.models import GQA, LONG, MHA, TinyLlama
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to serve, a retrieval profile and a MoA plan for it."""
+    """A model to serve, a retrieval profile and MoA plans for it.
+
+    Spans of ``plan`` are an eighth to a half, those of ``wide_plan`` are everything.
+    """
 
     path: Path
     shape: ModelShape
     vocab: int
     profile: Path
     plan: Path
+    wide_plan: Path
 
     def policy_args(self, policy: str, **values: Any) -> dict[str, Any]:
         """Arguments of ``policy``, with the profile if it reads one."""
         if policy == "retrieval":
             return {"profile": str(self.profile), **values}
         if policy == "moa":
-            return {"plan": str(self.plan), **values}
+            plan = self.wide_plan if values.pop("wide", False) else self.plan
+            return {"plan": str(plan), **values}
+        if policy == "sharded":
+            return {"block": PAGE, "insist": True, **values}
         return values
 
     def budgets(
-        self, policy: str, policy_args: dict[str, Any]
+        self, policy: str, policy_args: dict[str, Any], tokens: int = 1 << 20
     ) -> tuple[tuple[HeadBudget, ...], ...]:
-        return create_policy(policy, policy_args).budgets(self.shape)
+        """What heads keep of a request that may become ``tokens`` tokens long."""
+        found = create_policy(policy, policy_args)
+        assert isinstance(found, StreamingPolicy)
+        return found.budgets(self.shape, tokens)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +77,7 @@ def _tiny(tiny: TinyLlama, directory: Path) -> Model:
     )
     path = tiny.write(directory)
     profile = _profile(directory, shape)
-    return Model(path, shape, tiny.vocab_size, profile, _plan(directory, shape))
+    return Model(path, shape, tiny.vocab_size, profile, *_plans(directory, shape))
 
 
 def _embedded(directory: Path) -> Model:
@@ -76,21 +86,18 @@ def _embedded(directory: Path) -> Model:
     path = embedded_model()
     shape = ModelShape(path.name, 30, 9, 3, 64)
     shipped = files("policies") / "profiles" / path.name / "retrieval.json"
-    return Model(path, shape, 49152, Path(str(shipped)), _plan(directory, shape))
+    return Model(path, shape, 49152, Path(str(shipped)), *_plans(directory, shape))
 
 
-def _plan(directory: Path, shape: ModelShape) -> Path:
-    """Write spans of an eighth to a half, different in every head of a layer."""
-    heads = shape.num_query_heads
-    betas = [
-        [(1 + (layer + head) % 4) / 8 for head in range(heads)]
-        for layer in range(shape.num_layers)
-    ]
-    path = directory / f"{shape.name}-moa.json"
-    path.write_text(
-        json.dumps({"alphas": [[0] * heads] * shape.num_layers, "betas": betas})
-    )
-    return path
+def _plans(directory: Path, shape: ModelShape) -> tuple[Path, Path]:
+    """Write spans that differ in every head of a layer, and spans of everything."""
+    layers, heads = range(shape.num_layers), range(shape.num_query_heads)
+    mixed = [[(1 + (layer + head) % 4) / 8 for head in heads] for layer in layers]
+    narrow, wide = (directory / f"{shape.name}-{kind}.json" for kind in ("moa", "wide"))
+    for path, betas in ((narrow, mixed), (wide, [[1] * len(heads)] * len(layers))):
+        alphas = [[0] * len(heads)] * len(layers)
+        path.write_text(json.dumps({"alphas": alphas, "betas": betas}))
+    return narrow, wide
 
 
 def _profile(directory: Path, shape: ModelShape) -> Path:

@@ -90,6 +90,37 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--max-num-batched-tokens=64",
         ),
         (["--policy", "h2o", "--policy-arg", "norm=all"], "one of none, count"),
+        (["--policy", "moa"], "no plan ships for tiny-gqa"),
+        (["--policy", "moa", "--policy-arg", "budget=2"], "between"),
+        (["--policy", "moa", "--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
+        (["--policy", "sharded"], "declares no block-sparse pattern"),
+        (["--policy", "sharded", "--policy-arg", "pattern=all"], "one of kv, query"),
+        (
+            ["--policy", "sharded", "--policy-arg", "insist=1"],
+            "insist=1: expected bool",
+        ),
+        (
+            [
+                "--policy",
+                "sharded",
+                "--policy-arg",
+                "insist=true",
+                "--block-size",
+                "32",
+            ],
+            "--block-size=32: --policy sharded thinks in blocks of 64",
+        ),
+        (
+            [
+                "--policy",
+                "sharded",
+                "--policy-arg",
+                "insist=true",
+                "--policy-arg",
+                "block=48",
+            ],
+            "holds a multiple of 32 tokens",
+        ),
     ],
 )
 def test_serve_refuses_in_one_line(

@@ -31,6 +31,8 @@ WIDE: dict[str, dict[str, Any]] = {
     "full": {},
     "sink-recent": {"sinks": 32, "recent": MAX_TOKENS},
     "retrieval": {"sinks": 32, "recent": MAX_TOKENS},
+    "moa": {"wide": True},
+    "sharded": {"stride": 1},
 }
 
 
@@ -71,6 +73,8 @@ COVERING = [
     ("sink-recent", Setting(1, 512)),
     ("full", Setting(1, 512)),
     ("retrieval", Setting(1, 2048)),
+    ("moa", Setting(8, 64)),
+    ("sharded", Setting(1, 512)),
     ("full", Setting(8, 512, eager=False)),
     ("sink-recent", Setting(8, 2048, eager=False)),
 ]

@@ -24,6 +24,8 @@ LOGPROB_TOLERANCE = 1e-3
 POLICIES: dict[str, dict[str, Any]] = {
     "sink-recent": {"sinks": 32, "recent": 96},
     "retrieval": {"sinks": 32, "recent": 96, "full_ratio": 0.34},
+    "moa": {},
+    "sharded": {"local_blocks": 2, "stride": 4, "step": 1},
 }
 
 

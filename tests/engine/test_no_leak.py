@@ -21,6 +21,8 @@ CHUNK = 96
 POLICIES: dict[str, dict[str, Any]] = {
     "sink-recent": {"sinks": 32, "recent": 64},
     "retrieval": {"sinks": 32, "recent": 64, "full_ratio": 0.34},
+    "moa": {},
+    "sharded": {"local_blocks": 1, "stride": 4},
     "h2o": {"heavy": 32, "recent": 32},
     "heterogeneous": {"budget": 0.6, "sinks": 4, "recent": 32, "m": 1},
 }

@@ -26,7 +26,12 @@ POLICIES: list[tuple[str, dict[str, Any]]] = [
     ("sink-recent", {"sinks": 32, "recent": 64}),
     ("retrieval", {"sinks": 32, "recent": 96, "full_ratio": 0.3}),
     ("moa", {"length": 1024}),
+    ("moa", {}),
+    ("sharded", {"local_blocks": 2, "stride": 4, "step": 1}),
+    ("sharded", {"local_blocks": 3, "stride": 4, "pattern": "query"}),
+    ("sharded", {"local_blocks": 1, "stride": 3, "dense_every": 2, "offset": 0}),
 ]
+IDS = [", ".join([name, *map(str, values)]) for name, values in POLICIES]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def oracles(models: dict[str, Model]) -> dict[str, MaskedLlama]:
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize(("policy", "values"), POLICIES, ids=[p for p, _ in POLICIES])
+@pytest.mark.parametrize(("policy", "values"), POLICIES, ids=IDS)
 @pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa", "smollm2"])
 def test_logits_are_those_of_the_masked_model(
     engines: EngineSlot,
@@ -78,7 +83,6 @@ def check_logits(
 ) -> None:
     """Let the engine answer, then ask the oracle for the same tokens' logits."""
     policy_args = model.policy_args(policy, **values)
-    budgets = model.budgets(policy, policy_args)
     engine = engines.start(
         model.path,
         policy,
@@ -93,6 +97,7 @@ def check_logits(
         assert len(reply.tokens) == STEPS
         tokens, first = prompt + reply.tokens[:-1], len(prompt) - 1
         found = torch.stack(reply.logits)
+        budgets = model.budgets(policy, policy_args, len(prompt) + STEPS)
         expected = oracle.logits(tokens, budgets, page_size, first)
         assert relative_error(found, expected).max() < TOLERANCE
         assert expected.argmax(dim=1).tolist() == reply.tokens

@@ -3,8 +3,8 @@
 
 Slow on purpose: the whole sequence at once, dense masks, one KV head after the other.
 Knows nothing of pages, lanes, chunks or slots, only of the rule in ``docs/design.md``:
-a query in block ``i`` of a bounded head sees the sink blocks and blocks
-``i - w + 1 .. i``, causally; a full head sees everything.
+a query in block ``i`` of a bounded head sees the sink blocks, the head's shards and
+blocks ``i - w + 1 .. i``, causally; a full head sees everything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def visible(budget: HeadBudget, tokens: int, page_size: int) -> Tensor:
     query_block, key_block = query // page_size, key // page_size
     is_sink = key_block < sink_blocks
     is_recent = key_block > query_block - window_blocks
-    return causal & (is_sink | is_recent)
+    places = torch.tensor(sorted(budget.shards), dtype=torch.long)
+    is_shard = torch.isin((key_block - sink_blocks) % budget.stride, places)
+    return causal & (is_sink | is_recent | is_shard)
 
 
 def whole_blocks(tokens: int, page_size: int) -> int:

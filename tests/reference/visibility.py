@@ -3,32 +3,63 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kvserve.plan import PagePlan
 
 
-def visible_positions(plan: PagePlan, layer: int, head: int, query: int) -> list[int]:
-    """Positions that the query at position ``query`` sees in a lane, ascending.
-
-    In block ``i`` of a bounded lane it sees the sink blocks and blocks
-    ``i - w + 1 .. i``, causally; in a full lane everything up to itself.
-    """
+def stays(plan: PagePlan, layer: int, head: int, block: int) -> bool:
+    """Whether a lane never evicts ``block``: full lanes, sinks, shards."""
     sinks, window = plan.sinks[layer][head], plan.windows[layer][head]
-    own_block = query // plan.page_size
-    seen = []
-    for position in range(query + 1):
-        block = position // plan.page_size
-        if window == 0 or block < sinks or block >= own_block - window + 1:
-            seen.append(position)
-    return seen
+    if window == 0 or block < sinks:
+        return True
+    shards = plan.shards[layer][head] if plan.shards else 0
+    return bool(shards >> ((block - sinks) % plan.stride) & 1)
+
+
+def visible_blocks(plan: PagePlan, layer: int, head: int, block: int) -> list[int]:
+    """Blocks that a query in ``block`` sees in a lane, ascending."""
+    window = plan.windows[layer][head]
+    return [
+        other
+        for other in range(block + 1)
+        if other > block - window or stays(plan, layer, head, other)
+    ]
+
+
+def visible_positions(plan: PagePlan, layer: int, head: int, query: int) -> list[int]:
+    """Positions that the query at position ``query`` sees in a lane, ascending."""
+    seen = visible_blocks(plan, layer, head, query // plan.page_size)
+    return [p for p in range(query + 1) if p // plan.page_size in seen]
+
+
+def ring_size(plan: PagePlan, layer: int, head: int) -> int:
+    """Most blocks in any window that will leave with it: slots for them to share."""
+    window = plan.windows[layer][head]
+    sinks = plan.sinks[layer][head]
+    return max(
+        sum(not stays(plan, layer, head, first + place) for place in range(window))
+        for first in range(sinks, sinks + plan.stride)
+    )
+
+
+def slots(plan: PagePlan, layer: int, head: int, blocks: int) -> list[int]:
+    """Slot of each of the first ``blocks`` blocks: the block that opened it.
+
+    A block that will leave takes the slot of the one that left ``ring_size`` such
+    blocks before it, if there is one.
+    """
+    ring, passing, found = ring_size(plan, layer, head), [], []
+    for block in range(blocks):
+        if stays(plan, layer, head, block):
+            found.append(block)
+            continue
+        passing.append(block)
+        found.append(block if len(passing) <= ring else found[passing[-1 - ring]])
+    return found
 
 
 def held_positions(plan: PagePlan, layer: int, head: int, tokens: int) -> list[int]:
     """Positions in a lane after ``tokens`` tokens: a block evicts its slot's owner."""
-    owner: dict[int, int] = {}
-    for position in range(tokens):
-        block = position // plan.page_size
-        owner[int(plan.slot_of(np.array([block]))[layer, head, 0])] = block
+    blocks = -(-tokens // plan.page_size)
+    owner = dict(zip(slots(plan, layer, head, blocks), range(blocks), strict=True))
     held = set(owner.values())
     return [p for p in range(tokens) if p // plan.page_size in held]

@@ -68,7 +68,9 @@ class PoolModel:
                 seen = keys[: seq_len - (starts[row + 1] - 1 - query)]
                 expected = [
                     Label(request.name, request.life, layer, head, visible)
-                    for visible in visible_positions(self._plan, layer, head, position)
+                    for visible in visible_positions(
+                        request.plan, layer, head, position
+                    )
                 ]
                 assert sorted(seen) == expected
 
@@ -113,8 +115,10 @@ class PoolModel:
             assert self._retained(layer, request, int(tokens)) <= held
 
     def _retained(self, layer: int, request: Request, tokens: int) -> set[Label]:
+        """What the next query will see, and what is there already."""
         return {
             Label(request.name, request.life, layer, head, position)
             for head in range(self._plan.num_kv_heads)
-            for position in self._plan.retained(layer, head, tokens)
+            for position in visible_positions(request.plan, layer, head, tokens)
+            if position < tokens
         }

@@ -8,6 +8,7 @@ chunks, skips, finishes, preempts and resumes requests, and orders the batch as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -15,30 +16,81 @@ import numpy as np
 from hypothesis import strategies as st
 
 from kvserve.engine.page_tables import PageArray
-from kvserve.plan import IntArray, PagePlan, scratch_pages
+from kvserve.lanes import IntArray
+from kvserve.plan import PagePlan, scratch_pages
 
 FULL_LANE = (0, 0)
 UNKNOWN_PAGE = -1
 
+LaneSizes = tuple[int, int] | tuple[int, int, int]
 
-def make_plan(page_size: int, lanes: list[list[tuple[int, int]]]) -> PagePlan:
-    """Build a plan from ``(sinks, window)`` blocks of every layer's heads."""
-    return PagePlan(
-        page_size,
-        tuple(tuple(sinks for sinks, _ in layer) for layer in lanes),
-        tuple(tuple(window for _, window in layer) for layer in lanes),
+
+def make_plan(
+    page_size: int, lanes: Sequence[Sequence[LaneSizes]], stride: int = 1
+) -> PagePlan:
+    """Build a plan from the lanes of every layer's heads.
+
+    A lane is ``(sinks, window)`` in blocks, with a third number for its shards: a bit
+    for each block of a turn of ``stride`` that stays.
+    """
+    whole = [[(*lane, 0)[:3] for lane in layer] for layer in lanes]
+    sinks, windows, shards = (
+        tuple(tuple(lane[part] for lane in layer) for layer in whole)
+        for part in range(3)
     )
+    return PagePlan(page_size, sinks, windows, stride, shards if stride > 1 else ())
 
 
 @st.composite
 def plans(draw: st.DrawFn, max_layers: int = 3) -> PagePlan:
-    """Draw a small plan: full lanes, bounded ones of different sizes, or a mixture."""
-    bounded = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    lane = st.just(FULL_LANE) | bounded
-    heads = draw(st.integers(1, 3))
+    """Draw a small plan: full lanes, windows, shards, or a mixture."""
+    layers, heads = draw(st.integers(1, max_layers)), draw(st.integers(1, 3))
+    stride = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    return draw(plans_of(layers, heads, draw(st.integers(1, 4)), stride))
+
+
+@st.composite
+def plans_of(
+    draw: st.DrawFn, layers: int, heads: int, page_size: int, stride: int = 1
+) -> PagePlan:
+    """Draw a plan of a given shape."""
+    shards = st.integers(0, (1 << stride) - 1)
+    bounded = st.tuples(st.integers(1, 3), st.integers(1, 3), shards)
+    sharded = st.tuples(st.just(0), st.integers(1, 3), shards)
+    lane = st.just((*FULL_LANE, 0)) | bounded | sharded
     layer = st.lists(lane, min_size=heads, max_size=heads)
-    lanes = draw(st.lists(layer, min_size=1, max_size=max_layers))
-    return make_plan(draw(st.integers(1, 4)), lanes)
+    lanes = draw(st.lists(layer, min_size=layers, max_size=layers))
+    return make_plan(page_size, lanes, stride)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> DrawnRule:
+    """Draw plans of one shape, for requests to have different ones."""
+    layers, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    one = plans_of(layers, heads, draw(st.integers(1, 4)))
+    return DrawnRule(draw(st.lists(one, min_size=2, max_size=3)))
+
+
+@dataclass(frozen=True)
+class DrawnRule:
+    """Gives requests one of some plans, by the length of their prompts."""
+
+    plans: list[PagePlan]
+
+    @property
+    def has_bounded_lanes(self) -> bool:
+        return any(plan.has_bounded_lanes for plan in self.plans)
+
+    @property
+    def page_size(self) -> int:
+        return self.plans[0].page_size
+
+    @property
+    def full(self) -> PagePlan:
+        return self.plans[0].full
+
+    def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
+        return self.plans[prompt_tokens % len(self.plans)]
 
 
 def seeds() -> st.SearchStrategy[Random]:
@@ -54,6 +106,8 @@ class Request:
     """
 
     name: str
+    plan: PagePlan
+    prompt: int
     known: int
     final: int
     computed: int = 0
@@ -93,10 +147,11 @@ class Batch:
 
 
 def page_lists_of(
-    plan: PagePlan, requests: list[Request], max_requests: int, max_tokens: int
+    requests: list[Request], max_requests: int, max_tokens: int
 ) -> PageArray:
     """Lay page lists out as vLLM's block table, rubbish beyond what is held."""
-    shape = (max_requests, plan.pages(max_tokens))
+    most = max((r.plan.full.pages(max_tokens) for r in requests), default=0)
+    shape = (max_requests, most)
     lists = np.full(shape, UNKNOWN_PAGE, dtype=np.int32)
     for row, request in enumerate(requests):
         lists[row, : len(request.pages)] = request.pages
@@ -108,18 +163,20 @@ class Scheduler:
 
     def __init__(
         self,
-        plan: PagePlan,
+        plan: PagePlan | DrawnRule,
         rng: Random,
         max_requests: int = 4,
         max_tokens: int = 40,
         token_budget: int = 24,
     ) -> None:
-        self.plan, self.rng = plan, rng
+        self.rule = DrawnRule([plan]) if isinstance(plan, PagePlan) else plan
+        self.rng = rng
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.token_budget = token_budget
-        self.num_scratch = scratch_pages(plan, token_budget, max_requests)
+        self.num_scratch = scratch_of(self.rule, token_budget, max_requests)
         # Two of the longest requests fit: a third one is sometimes preempted.
-        self.num_pages = 1 + self.num_scratch + 2 * plan.pages(max_tokens)
+        longest = max(plan.pages(max_tokens) for plan in self.rule.plans)
+        self.num_pages = 1 + self.num_scratch + 2 * longest
         self._free = list(range(1 + self.num_scratch, self.num_pages))
         rng.shuffle(self._free)
         self._arrivals = 0
@@ -140,7 +197,7 @@ class Scheduler:
             list(self._batch),
             [lengths[request.name] for request in self._batch],
             [name for name in self._restarted if name in lengths],
-            page_lists_of(self.plan, self._batch, self.max_requests, self.max_tokens),
+            page_lists_of(self._batch, self.max_requests, self.max_tokens),
         )
 
     def finish(self, batch: Batch) -> None:
@@ -162,7 +219,11 @@ class Scheduler:
             else:
                 prompt = self.rng.randint(1, self.max_tokens)
                 final = self.rng.randint(prompt, self.max_tokens)
-                request = Request(f"request-{self._arrivals}", prompt, final)
+                name, plan = (
+                    f"request-{self._arrivals}",
+                    self.rule.of_request(prompt, 0),
+                )
+                request = Request(name, plan, prompt, prompt, final)
                 self._arrivals += 1
             self.running.append(request)
             self._restarted.append(request.name)
@@ -190,7 +251,7 @@ class Scheduler:
 
     def _allocate(self, request: Request, length: int, lengths: dict[str, int]) -> bool:
         """Bring a request to the pages of its plan, at the cost of an unscheduled."""
-        missing = self.plan.pages(request.computed + length) - len(request.pages)
+        missing = request.plan.pages(request.computed + length) - len(request.pages)
         while missing > len(self._free):
             victims = [
                 r
@@ -228,6 +289,11 @@ class Scheduler:
         if self.rng.random() < 0.2:
             self.rng.shuffle(stay)
         self._batch = sorted(stay, key=lambda r: _region(r, lengths[r.name]))
+
+
+def scratch_of(rule: DrawnRule, max_tokens: int, max_requests: int) -> int:
+    """Scratch pages of the plan that needs most."""
+    return max(scratch_pages(plan, max_tokens, max_requests) for plan in rule.plans)
 
 
 def _region(request: Request, length: int) -> int:

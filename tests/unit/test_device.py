@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from kvserve.engine.device import CPUDevice
+from kvserve.kernels import native
+from kvserve.kernels.statistics import CachedRows, row_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -28,3 +30,30 @@ def test_pages_read_as_they_were_written(
     ):
         assert found.shape == (3, 1, page_size, head_size)
         assert torch.equal(found.reshape(shape), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_attention_is_added_to_the_tokens_that_were_written(
+    dtype: torch.dtype, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    device = CPUDevice(dtype, 3, 64, 32)
+    random = torch.Generator().manual_seed(0)
+    keys = torch.randn(96, 64, generator=random).to(dtype)
+    pool = torch.zeros(9, 1, 32, 128, dtype=dtype)
+    table = torch.tensor([[7, 2], [4, 0]], dtype=torch.int32)
+    slots = torch.cat([page * 32 + torch.arange(32) for page in (7, 2, 4)])
+    device.write(keys, keys, pool, slots)
+    query = torch.randn(2, 3, 64, generator=random).to(dtype)
+    mass = torch.ones(9, 32)
+    cached = CachedRows(table, torch.tensor([40, 5]), torch.arange(2), page_size=32)
+    device.add_row_attention(query, pool, cached, 0.125, mass)
+    expected = torch.ones(9 * 32)
+    for row, (first, length) in enumerate(((0, 40), (64, 5))):
+        seen = slice(first, first + length)
+        tokens, whole = keys[None, seen], torch.tensor([length])
+        drawn = row_attention(query[row, None], tokens, whole, 0.125)
+        expected[slots[seen]] += drawn[0]
+    torch.testing.assert_close(mass.flatten(), expected, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,21 @@ def test_spans_are_those_of_the_paper(
 
 
 def test_a_kv_head_keeps_the_largest_span_of_its_group(plan: str) -> None:
-    first, second = MoA(plan=plan).budgets(MODEL)
+    first, second = MoA(plan=plan).budgets(MODEL, 8192)
     assert first == (HeadBudget(64, 2048 - 64), HeadBudget(64, 7168 - 64))
     assert second == (FULL, HeadBudget(64, 2048 - 64))
 
 
 def test_a_plan_per_kv_head_is_taken_as_it_is(tmp_path: Path) -> None:
     rules = {"alphas": [[0, 1024]] * 2, "betas": [[0.125, 0.125]] * 2}
-    budgets = MoA(plan=write(tmp_path, rules)).budgets(MODEL)
+    budgets = MoA(plan=write(tmp_path, rules)).budgets(MODEL, 8192)
     assert budgets == ((HeadBudget(64, 960), HeadBudget(64, 1984)),) * 2
 
 
-def test_spans_are_made_for_the_longest_request_or_for_a_length(plan: str) -> None:
-    shorter = dataclasses.replace(MODEL, max_tokens=4096)
-    assert MoA(plan=plan, length=4096).budgets(MODEL) == MoA(plan=plan).budgets(shorter)
-    assert MoA(plan=plan).budgets(MODEL) != MoA(plan=plan).budgets(shorter)
+def test_spans_are_made_for_the_request_or_for_a_length(plan: str) -> None:
+    shorter = MoA(plan=plan).budgets(MODEL, 4096)
+    assert MoA(plan=plan, length=4096).budgets(MODEL, 8192) == shorter
+    assert MoA(plan=plan).budgets(MODEL, 8192) != shorter
 
 
 def test_the_density_that_groups_cost_is_said(plan: str) -> None:
@@ -90,10 +89,50 @@ def test_the_density_that_groups_cost_is_said(plan: str) -> None:
 )
 def test_a_wrong_plan_is_refused(tmp_path: Path, data: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        MoA(plan=write(tmp_path, data)).budgets(MODEL)
+        MoA(plan=write(tmp_path, data)).budgets(MODEL, 8192)
     assert "\n" not in str(caught.value)
 
 
-def test_a_plan_is_required() -> None:
-    with pytest.raises(UserError, match="--policy moa: needs a plan"):
-        MoA().budgets(MODEL)
+def test_spans_for_more_than_the_model_reads_are_refused(plan: str) -> None:
+    with pytest.raises(UserError, match="length=9000: toy is served up to 8192"):
+        MoA(plan=plan, length=9000).budgets(MODEL, 8192)
+
+
+def test_a_model_without_a_plan_is_refused() -> None:
+    with pytest.raises(UserError, match="--policy moa: no plan ships for toy; pass"):
+        MoA().budgets(MODEL, 8192)
+
+
+def own_plans(**entries: Any) -> dict[str, Any]:
+    """A file of kvserve's own: an eighth of everything, or a half, per KV head."""
+    plans = [
+        {"budget": budget, "alphas": [[0, 0]] * 2, "betas": [[budget] * 2] * 2}
+        for budget in (0.125, 0.5)
+    ]
+    return {"format": "kvserve-moa/1", "plans": plans, **entries}
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(None, 4096), (0.5, 4096), (0.125, 1024)])
+def test_a_budget_chooses_among_our_plans(
+    tmp_path: Path, budget: float | None, kept: int
+) -> None:
+    policy = MoA(plan=write(tmp_path, own_plans()), budget=budget)
+    assert policy.budgets(MODEL, 8192) == ((HeadBudget(64, kept - 64),) * 2,) * 2
+    assert policy.remark(MODEL) == f"{kept / 8192:.1%} of the KV cache of 8192 tokens"
+
+
+@pytest.mark.parametrize(
+    ("data", "budget", "message"),
+    [
+        (own_plans(), 0.3, r"budget=0.3: .* has plans for 0.125, 0.5; choose one"),
+        (own_plans(format="other"), None, "malformed .format 'other'"),
+        (own_plans(plans=[{}]), None, "malformed .'budget'"),
+        ({"alphas": ALPHAS, "betas": BETAS}, 0.5, "budget=0.5: .* is a single plan"),
+    ],
+)
+def test_a_budget_without_a_plan_is_refused(
+    tmp_path: Path, data: Any, budget: float | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        MoA(plan=write(tmp_path, data), budget=budget).budgets(MODEL, 8192)
+    assert "\n" not in str(caught.value)

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.plan import PagePlan, blocks_of
+from tests.reference.visibility import slots, visible_blocks
 from tests.unit.simulator import (
     FULL_LANE,
     UNKNOWN_PAGE,
     Batch,
+    DrawnRule,
     Scheduler,
     make_plan,
     plans,
+    rules,
     seeds,
 )
 
@@ -47,14 +50,22 @@ def filled_tables(plan: PagePlan, names: list[str], lengths: list[int]) -> PageT
 
 def contents(tables: PageTables, plan: PagePlan, lengths: list[int]) -> list[object]:
     """List everything that is defined in the tables of the first rows."""
+    return contents_of_rows(tables, [plan] * len(lengths), lengths)
+
+
+def contents_of_rows(
+    tables: PageTables, plans: list[PagePlan], lengths: list[int]
+) -> list[object]:
+    """The same, of rows that have plans of their own."""
     found: list[object] = []
-    for row, tokens in enumerate(lengths):
-        blocks = blocks_of(tokens, plan.page_size)
-        for layer, head in np.ndindex(*plan.capacity.shape):
-            used = min(blocks, int(plan.capacity[layer, head]))
+    for row, (plan, tokens) in enumerate(zip(plans, lengths, strict=True)):
+        last = (tokens - 1) // plan.page_size
+        for layer, head in np.ndindex(plan.num_layers, plan.num_kv_heads):
+            used = sorted(set(slots(plan, layer, head, last + 1)))
+            seen = len(visible_blocks(plan, layer, head, last))
             lane = (layer, row, head)
-            found.append(tables.by_slot[lane][:used].tolist())
-            found.append(tables.ordered[lane][:used].tolist())
+            found.append(tables.by_slot[lane][used].tolist())
+            found.append(tables.ordered[lane][:seen].tolist())
             found.append(int(tables.open_page[lane]))
     return found
 
@@ -64,16 +75,15 @@ def forbid_writes(tables: PageTables) -> None:
         table.flags.writeable = False
 
 
-def assert_lists_one_page_a_slot(
-    tables: PageTables, plan: PagePlan, batch: Batch
-) -> None:
+def assert_lists_one_page_a_slot(tables: PageTables, batch: Batch) -> None:
     """Check that the slots in use are exactly the pages each request holds."""
     for row, request in enumerate(batch.requests):
+        plan = request.plan
         blocks = blocks_of(int(batch.seq_lens[row]), plan.page_size)
         listed: list[int] = []
-        for lane in np.ndindex(*plan.capacity.shape):
-            used = min(blocks, int(plan.capacity[lane]))
-            listed += tables.by_slot[lane[0], row, lane[1], :used].tolist()
+        for layer, head in np.ndindex(plan.num_layers, plan.num_kv_heads):
+            used = sorted(set(slots(plan, layer, head, blocks)))
+            listed += tables.by_slot[layer, row, head, used].tolist()
         assert sorted(listed) == sorted(request.pages)
 
 
@@ -85,38 +95,56 @@ def test_engine_tables_import_without_vllm_or_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def check_step_by_step(plan: PagePlan | DrawnRule, rng: Random) -> None:
+    scheduler = Scheduler(plan, rng)
+
+    def new_tables() -> PageTables:
+        rule = scheduler.rule
+        return PageTables(rule.plans[0], scheduler.max_requests, MAX_TOKENS, rule)
+
+    kept = new_tables()
+    for _ in range(15):
+        batch = scheduler.next_batch()
+        fresh = new_tables()
+        for request in batch.requests:
+            for tables in (kept, fresh):
+                tables.expect(request.name, request.prompt, 0)
+        kept.forget(batch.restarted)
+        kept.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        fresh.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        plans, lengths = [r.plan for r in batch.requests], batch.seq_lens.tolist()
+        expected = contents_of_rows(fresh, plans, lengths)
+        assert contents_of_rows(kept, plans, lengths) == expected
+        assert_lists_one_page_a_slot(kept, batch)
+        scheduler.finish(batch)
+
+
 @settings(max_examples=60)
 @given(plans(), seeds())
 def test_tables_kept_step_by_step_equal_tables_built_afresh(
     plan: PagePlan, rng: Random
 ) -> None:
-    scheduler = Scheduler(plan, rng)
-    kept = PageTables(plan, scheduler.max_requests, scheduler.max_tokens)
-    for _ in range(15):
-        batch = scheduler.next_batch()
-        kept.forget(batch.restarted)
-        kept.refresh(batch.names, batch.page_lists, batch.seq_lens)
-        fresh = PageTables(plan, scheduler.max_requests, scheduler.max_tokens)
-        fresh.refresh(batch.names, batch.page_lists, batch.seq_lens)
-        lengths = batch.seq_lens.tolist()
-        assert contents(kept, plan, lengths) == contents(fresh, plan, lengths)
-        assert_lists_one_page_a_slot(kept, plan, batch)
-        scheduler.finish(batch)
+    check_step_by_step(plan, rng)
+
+
+@settings(max_examples=40)
+@given(rules(), seeds())
+def test_tables_of_requests_with_plans_of_their_own_do_too(
+    rule: DrawnRule, rng: Random
+) -> None:
+    check_step_by_step(rule, rng)
 
 
 @given(plans(), st.integers(1, MAX_TOKENS))
-def test_a_decode_row_lists_sinks_then_window_and_the_open_page_last(
+def test_a_decode_row_lists_what_it_sees_and_the_open_page_last(
     plan: PagePlan, tokens: int
 ) -> None:
     tables = filled_tables(plan, ["a"], [tokens])
     last = (tokens - 1) // plan.page_size
-    for layer, head in np.ndindex(*plan.capacity.shape):
-        sinks, window = plan.sinks[layer][head], plan.windows[layer][head]
-        blocks = [
-            b for b in range(last + 1) if not window or b < sinks or b > last - window
-        ]
-        slots = plan.slot_of(np.array(blocks))[layer, head]
-        expected = tables.by_slot[layer, 0, head, slots]
+    for layer, head in np.ndindex(plan.num_layers, plan.num_kv_heads):
+        blocks = visible_blocks(plan, layer, head, last)
+        slot_of = slots(plan, layer, head, last + 1)
+        expected = tables.by_slot[layer, 0, head, [slot_of[b] for b in blocks]]
         assert (tables.ordered[layer, 0, head, : len(blocks)] == expected).all()
         assert tables.open_page[layer, 0, head] == expected[-1]
 
@@ -128,7 +156,8 @@ def test_each_slot_has_the_page_that_the_plan_names(
     lists = page_lists(plan, [tokens])
     tables = filled_tables(plan, ["a"], [tokens])
     for block in range(blocks_of(tokens, plan.page_size)):
-        slot = plan.slot_of(np.array([block]))
+        shape = plan.num_layers, plan.num_kv_heads, 1
+        slot = np.broadcast_to(plan.lanes.slot_of(np.array([block])), shape)
         index = plan.list_index(slot)[..., 0]
         found = np.take_along_axis(tables.by_slot[:, 0], slot, 2)[..., 0]
         assert (found == lists[0][index]).all()

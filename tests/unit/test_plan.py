@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,24 +16,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, blocks_of, scratch_pages
-from policies.base import FULL, HeadBudget
-from tests.reference.visibility import held_positions, visible_positions
+from kvserve.plan import PagePlan, StreamRule, blocks_of, scratch_pages
+from policies.base import (
+    FULL,
+    Capabilities,
+    HeadBudget,
+    ModelShape,
+    StreamingPolicy,
+)
+from tests.reference.visibility import (
+    held_positions,
+    slots,
+    visible_blocks,
+    visible_positions,
+)
 from tests.unit.simulator import FULL_LANE, make_plan, plans, seeds
 
 MAX_BLOCKS = 12
 ONE_OF_EACH = make_plan(4, [[FULL_LANE, (1, 2)], [(2, 1), (3, 3)]])
 
 
+def lanes_of(plan: PagePlan) -> Iterator[tuple[int, int]]:
+    return np.ndindex(plan.num_layers, plan.num_kv_heads)
+
+
+def by_lane(plan: PagePlan, values: np.ndarray) -> np.ndarray:
+    """Spell out what is the same for all lanes."""
+    shape = plan.num_layers, plan.num_kv_heads
+    return np.broadcast_to(values, (*shape, *values.shape[-1:]))
+
+
 def occupied_indices(plan: PagePlan, blocks: int) -> list[int]:
     """List index of every slot that some block of the first ``blocks`` lives in."""
-    opened = np.broadcast_to(np.arange(blocks), (*plan.capacity.shape, blocks))
-    slots = plan.slot_of(opened)
+    shape = plan.num_layers, plan.num_kv_heads, blocks
+    slots = np.broadcast_to(plan.lanes.slot_of(np.arange(blocks)), shape)
     index = plan.list_index(slots)
-    lanes = np.ndindex(*plan.capacity.shape)
     pairs = {
         (lane, int(slot)): int(i)
-        for lane in lanes
+        for lane in lanes_of(plan)
         for slot, i in zip(slots[lane], index[lane], strict=True)
     }
     return list(pairs.values())
@@ -71,59 +94,56 @@ def test_every_token_of_a_block_costs_the_same_pages(plan: PagePlan) -> None:
         assert len(held) == 1
 
 
-@given(plans(), st.integers(0, MAX_BLOCKS), st.integers(0, MAX_BLOCKS))
-def test_blocks_share_a_slot_only_a_multiple_of_the_window_apart(
-    plan: PagePlan, one: int, other: int
+@given(plans())
+def test_a_block_that_leaves_gives_its_slot_to_one_that_will_leave(
+    plan: PagePlan,
 ) -> None:
-    slot, also = (plan.slot_of(np.array([block]))[..., 0] for block in (one, other))
-    for lane in np.ndindex(*plan.capacity.shape):
-        sinks, window = plan.sink_array[lane], plan.window_array[lane]
-        in_ring = bool(window) and min(one, other) >= sinks
-        shared = one == other or (in_ring and (one - other) % window == 0)
-        assert (slot[lane] == also[lane]) == shared
-        assert 0 <= slot[lane] < plan.capacity[lane]
+    blocks = np.arange(MAX_BLOCKS)
+    found = by_lane(plan, plan.lanes.slot_of(blocks))
+    opens = by_lane(plan, plan.lanes.opens(blocks))
+    for lane in lanes_of(plan):
+        expected = slots(plan, *lane, MAX_BLOCKS)
+        assert found[lane].tolist() == expected
+        assert opens[lane].tolist() == [slot == b for b, slot in enumerate(expected)]
 
 
 @given(plans(), st.integers(0, MAX_BLOCKS))
 def test_visible_blocks_are_those_of_the_rule(plan: PagePlan, block: int) -> None:
-    last_query = (block + 1) * plan.page_size - 1
-    listed = plan.visible_blocks(np.array([block]))
-    assert listed.shape == (*plan.capacity.shape, 1, plan.bounded_width)
-    for layer, head in np.ndindex(*plan.capacity.shape):
-        if not plan.windows[layer][head]:
-            continue
-        seen = visible_positions(plan, layer, head, last_query)
-        expected = sorted({position // plan.page_size for position in seen})
-        padding = [-1] * (plan.bounded_width - len(expected))
+    width = MAX_BLOCKS + 1
+    listed = plan.lanes.visible(np.array([block]), width)
+    assert listed.shape == (plan.num_layers, plan.num_kv_heads, 1, width)
+    for layer, head in lanes_of(plan):
+        expected = visible_blocks(plan, layer, head, block)
+        padding = [-1] * (width - len(expected))
         assert listed[layer, head, 0].tolist() == expected + padding
 
 
-@given(plans(), st.lists(st.integers(1, 60), min_size=1, max_size=5))
-def test_visible_tokens_are_those_of_the_rule(
-    plan: PagePlan, lengths: list[int]
+@given(plans(), st.lists(st.integers(0, MAX_BLOCKS), min_size=1, max_size=5))
+def test_hidden_blocks_are_those_that_the_rule_does_not_show(
+    plan: PagePlan, blocks: list[int]
 ) -> None:
-    visible = plan.visible_tokens(np.array(lengths))
-    for layer, head in np.ndindex(*plan.capacity.shape):
-        expected = [len(visible_positions(plan, layer, head, n - 1)) for n in lengths]
-        assert visible[layer, head].tolist() == expected
+    hidden = by_lane(plan, plan.lanes.hidden(np.array(blocks)))
+    for lane in lanes_of(plan):
+        expected = [b + 1 - len(visible_blocks(plan, *lane, b)) for b in blocks]
+        assert hidden[lane].tolist() == expected
 
 
 @given(plans(), st.integers(0, 60))
-def test_a_lane_retains_what_no_later_block_overwrote(
-    plan: PagePlan, tokens: int
-) -> None:
-    for layer, head in np.ndindex(*plan.capacity.shape):
-        expected = held_positions(plan, layer, head, tokens)
-        assert plan.retained(layer, head, tokens) == expected
+def test_a_lane_holds_all_that_the_next_query_sees(plan: PagePlan, tokens: int) -> None:
+    for lane in lanes_of(plan):
+        seen = set(visible_positions(plan, *lane, tokens)) - {tokens}
+        assert seen <= set(held_positions(plan, *lane, tokens))
 
 
 @given(plans(), st.integers(0, 60))
-def test_a_lane_retains_all_that_the_next_query_sees(
+def test_a_request_holds_the_pages_of_what_its_lanes_hold(
     plan: PagePlan, tokens: int
 ) -> None:
-    for layer, head in np.ndindex(*plan.capacity.shape):
-        seen = set(visible_positions(plan, layer, head, tokens)) - {tokens}
-        assert seen <= set(plan.retained(layer, head, tokens))
+    held = sum(
+        len({p // plan.page_size for p in held_positions(plan, *lane, tokens)})
+        for lane in lanes_of(plan)
+    )
+    assert plan.pages(tokens) == held
 
 
 @given(
@@ -163,8 +183,8 @@ def test_sinks_of_a_full_head_mean_nothing() -> None:
 
 def test_shape_of_a_plan_is_that_of_its_budgets() -> None:
     assert (ONE_OF_EACH.num_layers, ONE_OF_EACH.num_kv_heads) == (2, 2)
+    assert ONE_OF_EACH.num_lanes == 4
     assert ONE_OF_EACH.has_bounded_lanes
-    assert ONE_OF_EACH.bounded_width == 6
 
 
 @given(plans())
@@ -247,3 +267,48 @@ def test_a_head_whose_budget_holds_the_longest_request_is_a_full_lane() -> None:
     plan = PagePlan.from_budgets(budgets, 32, max_tokens=128)
     assert plan.windows == ((0, 2, 0),)
     assert plan.pages(128) == 4 + 3 + 4
+
+
+def test_a_sharded_head_keeps_its_places_of_every_turn() -> None:
+    head = HeadBudget(0, 64, stride=4, shards=frozenset({1, 3}))
+    plan = PagePlan.from_budgets(((head, FULL),), 32)
+    assert (plan.stride, plan.shards) == (4, ((0b1010, 0),))
+    # Blocks 1, 3, 5, 7 stay; of two blocks in a row one leaves.
+    assert [plan.pages(32 * blocks) for blocks in range(9)] == [
+        blocks + held for blocks, held in enumerate([0, 1, 2, 2, 3, 3, 4, 4, 5])
+    ]
+    assert plan.describe() == (
+        "of 2 KV heads 1 keep everything; 1 keep 64 recent tokens + 2 of 4 pages "
+        "(pages of 32 tokens)"
+    )
+
+
+def test_heads_of_different_strides_are_refused() -> None:
+    heads = tuple(HeadBudget(0, 64, stride, shards=frozenset({0})) for stride in (2, 3))
+    with pytest.raises(UserError, match="different strides"):
+        PagePlan.from_budgets((heads,), 32)
+
+
+@dataclass(frozen=True)
+class Half(StreamingPolicy):
+    """Keeps half of what a request may reach."""
+
+    name: ClassVar[str] = "half"
+    paper: ClassVar[str] = "none"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        prefill="streaming", position_only=True, elastic=True
+    )
+
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
+        return ((HeadBudget(32, tokens // 2),),)
+
+
+def test_under_an_elastic_policy_a_request_has_a_plan_of_its_own_length() -> None:
+    rule = StreamRule(Half(), ModelShape("toy", 1, 1, 1, 8), 32, max_tokens=1024)
+    assert rule.of_request(100, 156).windows == ((4,),)
+    assert rule.of_request(100, 412).windows == ((8,),)
+    assert rule.of_request(1000, 1000) == rule.longest
+    assert rule.pages(1024) == 1 + 16
+    assert rule.has_bounded_lanes

@@ -58,7 +58,11 @@ def required(profile: str, tmp_path: Path) -> dict[str, dict[str, Any]]:
     plan = tmp_path / "plan.json"
     rules = {"alphas": [[0, 0, 0]] * 2, "betas": [[1, 0, 0], [0, 0, 1]]}
     plan.write_text(json.dumps(rules))
-    return {"retrieval": {"profile": profile}, "moa": {"plan": str(plan)}}
+    return {
+        "retrieval": {"profile": profile},
+        "moa": {"plan": str(plan)},
+        "sharded": {"insist": True},
+    }
 
 
 def refusal(name: str, arguments: dict[str, Any] | None = None) -> str:
@@ -77,11 +81,11 @@ def refusal(name: str, arguments: dict[str, Any] | None = None) -> str:
 def test_budgets_have_one_entry_per_layer_and_kv_head(
     cls: type[StreamingPolicy], required: dict[str, dict[str, Any]]
 ) -> None:
-    budgets = cls(**required.get(cls.name, {})).budgets(MODEL)
+    budgets = cls(**required.get(cls.name, {})).budgets(MODEL, MODEL.max_tokens)
     assert [len(layer) for layer in budgets] == [3, 3]
     assert all(isinstance(head, HeadBudget) for layer in budgets for head in layer)
     plan = PagePlan.from_budgets(budgets, 32)
-    assert plan.capacity.shape == (2, 3)
+    assert (plan.num_layers, plan.num_kv_heads) == (2, 3)
 
 
 @every_dense_policy
@@ -171,12 +175,15 @@ def test_equal_arguments_make_equal_policies_in_every_process(
 
 
 def test_full_keeps_everything() -> None:
-    assert Full().budgets(MODEL) == ((FULL,) * 3,) * 2
+    assert Full().budgets(MODEL, MODEL.max_tokens) == ((FULL,) * 3,) * 2
 
 
 def test_sink_recent_keeps_the_same_of_every_head() -> None:
     head = HeadBudget(sinks=64, recent=192)
-    assert SinkRecent(sinks=64, recent=192).budgets(MODEL) == ((head,) * 3,) * 2
+    assert (
+        SinkRecent(sinks=64, recent=192).budgets(MODEL, MODEL.max_tokens)
+        == ((head,) * 3,) * 2
+    )
 
 
 def test_streaming_llm_is_another_name_of_sink_recent() -> None:
@@ -187,21 +194,24 @@ def test_streaming_llm_is_another_name_of_sink_recent() -> None:
 def test_retrieval_keeps_everything_of_the_best_heads(profile: str) -> None:
     policy = Retrieval(profile, full_ratio=1 / 3, sinks=32, recent=96)
     rest = HeadBudget(32, 96)
-    assert policy.budgets(MODEL) == ((rest, rest, FULL), (FULL, rest, rest))
+    assert policy.budgets(MODEL, MODEL.max_tokens) == (
+        (rest, rest, FULL),
+        (FULL, rest, rest),
+    )
 
 
 @pytest.mark.parametrize(("ratio", "num_full"), [(0.0, 0), (1.0, 6)])
 def test_retrieval_spans_from_windows_alone_to_the_full_cache(
     profile: str, ratio: float, num_full: int
 ) -> None:
-    budgets = Retrieval(profile, full_ratio=ratio).budgets(MODEL)
+    budgets = Retrieval(profile, full_ratio=ratio).budgets(MODEL, MODEL.max_tokens)
     assert sum(head.is_full for layer in budgets for head in layer) == num_full
 
 
 def test_retrieval_without_a_profile_is_made_but_cannot_serve() -> None:
     policy = create_policy("retrieval")
     with pytest.raises(UserError, match="no profile ships for toy"):
-        policy.budgets(MODEL)
+        policy.budgets(MODEL, MODEL.max_tokens)
 
 
 def test_group_size_is_query_heads_per_kv_head() -> None:

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.rows import RowBuilder, StepRows
-from kvserve.plan import PagePlan, scratch_pages
+from kvserve.plan import PagePlan
 from tests.unit.pool_model import PoolModel
 from tests.unit.simulator import (
     FULL_LANE,
     Batch,
+    DrawnRule,
     Request,
     Scheduler,
     make_plan,
     page_lists_of,
     plans,
+    rules,
+    scratch_of,
     seeds,
 )
 
@@ -33,15 +36,21 @@ class Engine:
     """The worker's half of a step, every read and write of it checked."""
 
     def __init__(
-        self, plan: PagePlan, max_requests: int = MAX_REQUESTS, token_budget: int = 64
+        self,
+        plan: PagePlan | DrawnRule,
+        max_requests: int = MAX_REQUESTS,
+        token_budget: int = 64,
     ) -> None:
-        self.plan, self.max_requests = plan, max_requests
-        self.tables = PageTables(plan, max_requests, MAX_TOKENS)
-        self.builder = RowBuilder(plan, self.tables)
-        num_scratch = scratch_pages(plan, token_budget, max_requests)
-        self.pool = PoolModel(plan, num_scratch)
+        rule = DrawnRule([plan]) if isinstance(plan, PagePlan) else plan
+        self.plan, self.max_requests = rule.plans[0], max_requests
+        self.tables = PageTables(self.plan, max_requests, MAX_TOKENS, rule)
+        self.builder = RowBuilder(self.plan, self.tables)
+        num_scratch = scratch_of(rule, token_budget, max_requests)
+        self.pool = PoolModel(self.plan, num_scratch)
 
     def step(self, batch: Batch) -> StepRows:
+        for request in batch.requests:
+            self.tables.expect(request.name, request.prompt, 0)
         self.tables.forget(batch.restarted)
         self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
         step = self.builder.build(batch.query_start, batch.seq_lens)
@@ -54,9 +63,9 @@ class Engine:
         lengths = [length for _, length in chunks]
         for request, length in chunks:
             first = 1000 * (1 + int(request.name))
-            held = self.plan.pages(request.computed + length)
+            held = request.plan.pages(request.computed + length)
             request.pages = list(range(first, first + held))
-        lists = page_lists_of(self.plan, requests, self.max_requests, MAX_TOKENS)
+        lists = page_lists_of(requests, self.max_requests, MAX_TOKENS)
         restarted = [request.name for request in requests if not request.computed]
         step = self.step(Batch(requests, lengths, restarted, lists))
         for request, length in chunks:
@@ -64,8 +73,17 @@ class Engine:
         return step
 
 
-def request(name: int) -> Request:
-    return Request(str(name), known=MAX_TOKENS, final=MAX_TOKENS)
+def request(name: int, plan: PagePlan = MIXED) -> Request:
+    return Request(str(name), plan, MAX_TOKENS, known=MAX_TOKENS, final=MAX_TOKENS)
+
+
+def check_schedule(plan: PagePlan | DrawnRule, rng: Random) -> None:
+    scheduler = Scheduler(plan, rng, MAX_REQUESTS, MAX_TOKENS, token_budget=24)
+    engine = Engine(plan, MAX_REQUESTS, token_budget=24)
+    for _ in range(12):
+        batch = scheduler.next_batch()
+        engine.step(batch)
+        scheduler.finish(batch)
 
 
 @settings(max_examples=70)
@@ -73,12 +91,15 @@ def request(name: int) -> Request:
 def test_every_query_of_any_schedule_reads_what_the_rule_says(
     plan: PagePlan, rng: Random
 ) -> None:
-    scheduler = Scheduler(plan, rng, MAX_REQUESTS, MAX_TOKENS, token_budget=24)
-    engine = Engine(plan, MAX_REQUESTS, token_budget=24)
-    for _ in range(12):
-        batch = scheduler.next_batch()
-        engine.step(batch)
-        scheduler.finish(batch)
+    check_schedule(plan, rng)
+
+
+@settings(max_examples=50)
+@given(rules(), seeds())
+def test_requests_with_plans_of_their_own_share_a_batch(
+    rule: DrawnRule, rng: Random
+) -> None:
+    check_schedule(rule, rng)
 
 
 @settings(max_examples=50)
@@ -103,15 +124,15 @@ def test_scratch_suffices_for_any_token_budget_and_batch_size(
 def test_a_prompt_reads_and_keeps_the_same_however_it_is_cut(
     cuts: list[int], window: int
 ) -> None:
-    plan = make_plan(4, [[FULL_LANE, (1, window), (2, 1)]])
-    engine, prompt = Engine(plan), request(0)
+    plan = make_plan(4, [[FULL_LANE, (1, window), (2, 1), (0, window, 0b10)]], 3)
+    engine, prompt = Engine(plan), request(0, plan)
     for length in cuts:
         engine.feed((prompt, length))
 
 
 def mixed_step(engine: Engine) -> StepRows:
     """Two requests decode while a third one reads positions 3 to 12."""
-    first, second, third = (request(name) for name in range(3))
+    first, second, third = (request(name, engine.plan) for name in range(3))
     engine.feed((first, 13), (second, 5), (third, 3))
     return engine.feed((first, 1), (second, 1), (third, 10))
 
@@ -149,11 +170,11 @@ def test_layers_of_equal_budgets_share_their_shapes() -> None:
 
 def test_layers_share_their_shapes_until_the_smaller_budget_is_full() -> None:
     engine = Engine(make_plan(4, [[FULL_LANE, (1, 2)], [(1, 2), FULL_LANE]]))
-    alike, unlike = request(0), request(1)
+    alike, unlike = request(0, engine.plan), request(1, engine.plan)
     engine.feed((alike, 8), (unlike, 16))
     step = engine.feed((alike, 1), (unlike, 1))
     assert len(step.shapes) == 2
-    engine, alike = Engine(engine.plan), request(2)
+    engine, alike = Engine(engine.plan), request(2, engine.plan)
     engine.feed((alike, 8))
     step = engine.feed((alike, 1))
     assert step.shape_of_layer == [0, 0]
@@ -186,6 +207,6 @@ def test_blocks_that_survive_a_chunk_move_from_scratch_to_the_ring(
     length: int, moved: int
 ) -> None:
     engine = Engine(make_plan(4, [[FULL_LANE, (1, 2)]]))
-    step = engine.feed((request(0), length))
+    step = engine.feed((request(0, engine.plan), length))
     ((source, target),) = step.copies
     assert len(source) == len(target) == moved
