@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed-$(DEVICE)
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-unit lint format lock profile bench plan clean
+.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress plan clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,13 @@ profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
 
 bench: $(STAMP)  ## Measure speed and memory side by side with stock vLLM
 	$(BIN)/python benchmarks/speed.py
+
+bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .venv-kvpress
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install -q --no-deps torch==2.13.0
+	grep -v '^torch==' requirements/kvpress.txt | \
+	  $(BIN)/uv pip install -q --no-deps -p .venv-kvpress/bin/python -r -
+	$(BIN)/python benchmarks/quality_vs_kvpress.py
 
 lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	for device in cpu gpu; do \

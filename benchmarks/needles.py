@@ -24,73 +24,88 @@ from vllm import SamplingParams
 
 from kvserve import LLM
 from kvserve.evaluation.families import FACTS, MAGIC_NUMBERS
-from kvserve.evaluation.needles import build_prompt, score
+from kvserve.evaluation.needles import NeedlePrompt, build_prompt, score
 from kvserve.models import resolve_model
 
-_DEFAULT = [
-    "full",
-    "retrieval",
-    "sink-recent",
-]
+_DEFAULT = ["full", "retrieval", "sink-recent"]
+LENGTHS = [1024, 2048, 3072, 4000]
+FAMILIES = {"numbers": MAGIC_NUMBERS, "facts": FACTS}
 
 
-_LENGTHS = [1024, 2048, 3072, 4000]
-_FAMILIES = {"numbers": MAGIC_NUMBERS, "facts": FACTS}
-
-
-def prompts(model: str, family: str, length: int, count: int) -> list[Any]:
+def prompts(model: str, family: str, length: int, count: int) -> list[NeedlePrompt]:
     """Needle prompts of ``length`` tokens at depths spread over the haystack."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     depths = [(2 * number + 1) / (2 * count) for number in range(count)]
     return [
-        build_prompt(tokenizer, _FAMILIES[family], length, depth, number)
+        build_prompt(tokenizer, FAMILIES[family], length, depth, number)
         for number, depth in enumerate(depths)
     ]
 
 
-def measure(spec: str, model: str, args: argparse.Namespace) -> dict[int, float]:
-    """Mean score at each length; ``spec`` is ``POLICY`` or ``POLICY:{json}``."""
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Read ``POLICY`` or ``POLICY:{json}``."""
     policy, _, arguments = spec.partition(":")
-    llm: Any = LLM(
+    return policy, json.loads(arguments or "{}")
+
+
+def make_engine(
+    model: str, policy: str, arguments: dict[str, Any], longest: int, dtype: str
+) -> Any:
+    """Start an engine for prompts of up to ``longest`` tokens."""
+    return LLM(
         model,
         policy=policy,
-        policy_args=json.loads(arguments or "{}"),
-        dtype=args.dtype,
-        max_model_len=max(args.lengths) + 128,
+        policy_args=arguments,
+        dtype=dtype,
+        max_model_len=longest + 128,
         max_num_seqs=8,
         max_num_batched_tokens=2048,
         kv_cache_memory_bytes=2 << 30,
         enforce_eager=True,
         enable_prefix_caching=False,
     )
-    params = SamplingParams(temperature=0, max_tokens=args.output, stop=["\n"])
-    accuracy = {}
-    for length in args.lengths:
-        needles = prompts(model, args.family, length, args.needles)
-        outputs = llm.generate(
-            [{"prompt_token_ids": needle.token_ids} for needle in needles],
-            params,
-            use_tqdm=True,
-        )
-        scores = [
-            score(needle.answer, output.outputs[0].text)
-            for needle, output in zip(needles, outputs, strict=True)
-        ]
-        accuracy[length] = sum(scores) / len(scores)
+
+
+def replies(llm: Any, needles: list[NeedlePrompt], output: int) -> list[str]:
+    """What the engine says, one line of at most ``output`` tokens each."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": needle.token_ids} for needle in needles],
+        SamplingParams(temperature=0, max_tokens=output, stop=["\n"]),
+        use_tqdm=True,
+    )
+    return [output.outputs[0].text for output in outputs]
+
+
+def mean_score(needles: list[NeedlePrompt], texts: list[str]) -> float:
+    """Mean over the needles of the share of an answer that was found."""
+    scores = [
+        score(needle.answer, text) for needle, text in zip(needles, texts, strict=True)
+    ]
+    return sum(scores) / len(scores)
+
+
+def kept_share(llm: Any, tokens: int, output: int) -> float:
+    """Share of a full cache's entries that a prompt leaves held, in whole pages."""
     manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
     (group,) = manager.kv_cache_config.kv_cache_groups
-    spec = group.kv_cache_spec
-    plan = getattr(spec, "rule", spec.plan)
-    kept = {n: plan.pages(n) * plan.page_size for n in args.lengths}
-    lanes = plan.full.capacity.size
-    cells = " | ".join(
-        f"{accuracy[n]:.2f} ({min(1.0, kept[n] / (n * lanes)):.0%})"
-        for n in args.lengths
-    )
-    print(f"| {spec} | {cells} |", flush=True)
-    del llm, manager
+    rule = group.kv_cache_spec.rule
+    held = rule.of_request(tokens, output).pages(tokens) * rule.page_size
+    return min(1.0, held / (tokens * rule.full.capacity.size))
+
+
+def measure(spec: str, model: str, args: argparse.Namespace) -> None:
+    """Print the row of one policy."""
+    policy, arguments = parse(spec)
+    llm = make_engine(model, policy, arguments, max(args.lengths), args.dtype)
+    cells = []
+    for length in args.lengths:
+        needles = prompts(model, args.family, length, args.needles)
+        found = mean_score(needles, replies(llm, needles, args.output))
+        kept = kept_share(llm, length, args.output)
+        cells.append(f"{found:.2f} ({kept:.0%})")
+    print(f"| {spec} | {' | '.join(cells)} |", flush=True)
+    del llm
     gc.collect()
-    return accuracy
 
 
 def main() -> None:
@@ -98,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--policies", nargs="+", default=_DEFAULT, metavar="SPEC")
-    parser.add_argument("--lengths", nargs="+", type=int, default=_LENGTHS)
-    parser.add_argument("--family", choices=_FAMILIES, default="numbers")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--family", choices=FAMILIES, default="numbers")
     parser.add_argument("--needles", type=int, default=16)
     parser.add_argument("--output", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
