@@ -90,7 +90,7 @@ def kept_share(llm: Any, tokens: int, output: int) -> float:
     (group,) = manager.kv_cache_config.kv_cache_groups
     rule = group.kv_cache_spec.rule
     held = rule.of_request(tokens, output).pages(tokens) * rule.page_size
-    return min(1.0, held / (tokens * rule.full.capacity.size))
+    return min(1.0, held / (tokens * rule.full.num_lanes))
 
 
 def measure(spec: str, model: str, args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ there is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -83,6 +84,7 @@ class Heterogeneous(DensePolicy):
     def lanes(self, model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:
         if self.budget >= 1 or tokens <= self.sinks + self.recent + 1:
             return ((Lane(tokens),) * model.num_kv_heads,) * model.num_layers
+        self._check(model)
         layers = []
         for layer in range(model.num_layers):
             far, centre, kept = self._split(layer, model, tokens)
@@ -93,6 +95,17 @@ class Heterogeneous(DensePolicy):
             others = model.num_kv_heads - full
             layers.append((Lane(tokens),) * full + (other,) * others)
         return tuple(layers)
+
+    def _check(self, model: ModelShape) -> None:
+        """Refuse a budget that no request of the server can meet."""
+        least = (self.window + 1) / model.max_tokens
+        if self.budget < least:
+            raise UserError(
+                f"--policy-arg budget={self.budget}: leaves a head fewer than "
+                f"{self.window + 1} of {model.max_tokens} tokens, its window and one "
+                f"sink; give at least {math.ceil(least * 1e4) / 1e4}, or a smaller "
+                "window"
+            )
 
     def heterogeneous_heads(self, layer: int, model: ModelShape) -> int:
         """Heads of a layer that are full for being far away (equation 16)."""

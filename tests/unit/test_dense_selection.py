@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -155,3 +156,12 @@ def test_what_a_policy_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         create_policy(policy, arguments)
+
+
+def test_a_budget_that_no_request_could_meet_is_refused() -> None:
+    served = dataclasses.replace(GQA, max_tokens=2048)
+    message = "budget=0.01: leaves a head fewer than 33 of 2048 tokens.*at least 0.0162"
+    with pytest.raises(UserError, match=message):
+        Heterogeneous(budget=0.01).lanes(served, 2048)
+    (lanes, *_) = Heterogeneous(budget=0.0162, beta=0.0).lanes(served, 2048)
+    assert {lane.keep for lane in lanes} == {33}
