@@ -22,7 +22,11 @@ from tests.reference.dense_policies import (
 pytestmark = pytest.mark.engine
 
 STEPS = 64
-BATCHES = {"batch 1": [333], "ragged batch 4": [129, 401, 257, 310]}
+RUNS = {
+    "batch 1, in one chunk": ([333], 1024),
+    "batch 1, chunks of 512": ([700], 512),
+    "ragged batch 4, chunks of 64": ([129, 401, 257, 310], 64),
+}
 _H2O = {"heavy": 40, "recent": 48}
 _TASK = {"budget": 0.5, "beta": 0.5, "m": 1, "sinks": 8, "recent": 40}
 ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,22 +63,18 @@ def reference_of(case: str, model: Model) -> Reference:
 
 
 @CASES
-@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa"])
 def test_kept_tokens_and_logits_are_those_of_the_reference(
-    engines: EngineSlot,
-    models: dict[str, Model],
-    name: str,
-    lengths: list[int],
-    case: str,
+    engines: EngineSlot, models: dict[str, Model], name: str, run: str, case: str
 ) -> None:
-    model = models[name]
+    model, (lengths, chunk) = models[name], RUNS[run]
     policy, values = ARGUMENTS[case]
     engine = engines.start(
         model.path,
         policy,
         values,
-        max_num_batched_tokens=200,
+        max_num_batched_tokens=chunk,
         logprobs_mode="raw_logits",
     )
     prompts = random_prompts(lengths, model.vocab, seed=len(lengths))

@@ -23,6 +23,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "full": {},
     "sink-recent": {"sinks": 32, "recent": 96},
     "retrieval": {"sinks": 64, "recent": 64, "full_ratio": 0.34},
+    "moa": {"length": 1024},
+    "sharded": {"local_blocks": 2, "stride": 4, "step": 1},
 }
 LONG_TOKENS = 8192
 LONG_RETRIEVAL = {"sinks": 32, "recent": 224, "full_ratio": 0.2}
@@ -64,9 +66,12 @@ def test_every_request_holds_the_pages_of_its_plan_at_every_step(
     model, longest = models[name], 500
     policy_args = model.policy_args(policy, **POLICIES[policy])
     budgets = model.budgets(policy, policy_args)
-    expected = [pages_seen(budgets, tokens) for tokens in range(longest + 1)]
     plan = PagePlan.from_budgets(budgets, PAGE)
-    assert [plan.pages(tokens) for tokens in range(longest + 1)] == expected
+    expected = [plan.pages(tokens) for tokens in range(longest + 1)]
+    for tokens, pages in enumerate(expected):
+        # Shards pass through a window at their own pace, and its pages wait for them.
+        spare = plan.num_lanes if policy == "sharded" else 0
+        assert 0 <= pages - pages_seen(budgets, tokens) <= spare
 
     engine = engines.start(
         model.path,
