@@ -21,7 +21,7 @@ commands:
   serve      serve a model over the OpenAI API under a cache policy
   policies   list the cache policies, their parameters and what each needs
   plan       show KV bytes a request and requests a pool, without loading weights
-  profile    measure a model's heads (kvserve profile retrieval MODEL)
+  profile    measure a model's heads (kvserve profile retrieval|moa MODEL)
 
 `kvserve COMMAND --help` shows examples.
 """
@@ -59,19 +59,16 @@ def _plan(argv: list[str]) -> int:
 
 
 def _profile(argv: list[str]) -> int:
-    from kvserve.profiling.retrieval import add_arguments, run
+    from kvserve.profiling import moa, retrieval
 
     parser = argparse.ArgumentParser(prog="kvserve profile")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    add_arguments(
-        kinds.add_parser(
-            "retrieval",
-            help="find the heads that retrieve",
-            description="Score every head by how often it copies from a needle.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    retrieval.add_arguments(
+        kinds.add_parser("retrieval", help="find the heads that retrieve")
     )
-    return run(parser.parse_args(argv))
+    moa.add_arguments(kinds.add_parser("moa", help="find a span for every KV head"))
+    args = parser.parse_args(argv)
+    return moa.run(args) if args.kind == "moa" else retrieval.run(args)
 
 
 def _policies(argv: list[str]) -> int:

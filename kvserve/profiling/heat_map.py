@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a profile."""
+"""The pictures of profiles."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from policies.moa import span
 
 _SHOWN_GATE = 0.3
 """Gates are averages over a training in which all begin open: none is near 0."""
@@ -45,4 +47,29 @@ def draw_heat_map(profile: dict[str, Any], path: Path) -> None:
     figure.colorbar(image, ax=panels, label="1: needs the whole cache")
     kept = profile["instances"]["kept"]
     figure.suptitle(f"Which heads of {profile['model']} retrieve ({kept} needles)")
+    figure.savefig(path, dpi=110)
+
+
+def draw_spans(profile: dict[str, Any], path: Path) -> None:
+    """Draw what share of a request each KV head keeps, for each budget and length."""
+    from matplotlib.figure import Figure
+
+    layers, heads = profile["num_layers"], profile["num_kv_heads"]
+    plans, lengths = profile["plans"], profile["settings"]["lengths"]
+    columns = [(plan, length) for plan in plans for length in lengths]
+    size = (2.5 + len(columns) * (0.6 + 0.42 * heads), 1.8 + 0.26 * layers)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (plan, length) in zip(panels, columns, strict=True):
+        rules = zip(plan["alphas"], plan["betas"], strict=True)
+        shares = [
+            [span(*rule, length) / length for rule in zip(*layer, strict=True)]
+            for layer in rules
+        ]
+        image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        axes.set(title=f"{plan['budget']:.0%} of\n{length} tokens", xlabel="KV head")
+        axes.set(xticks=range(heads), yticks=range(layers))
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=panels, label="1: keeps everything")
+    figure.suptitle(f"Spans of the heads of {profile['model']}")
     figure.savefig(path, dpi=110)

@@ -21,7 +21,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,22 @@ from kvserve.errors import UserError
 from kvserve.evaluation.families import PROFILING
 from kvserve.evaluation.haystack import load_book, load_text
 from kvserve.evaluation.needles import NeedlePrompt, build_prompt
-from kvserve.models import EMBEDDED_MODEL, cache_dir, resolve_model
+from kvserve.models import resolve_model
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
 from kvserve.profiling.gates import GateSettings, train_gates
 from kvserve.profiling.heat_map import draw_heat_map
+from kvserve.profiling.runs import (
+    add_files,
+    add_flags,
+    appending,
+    finished,
+    load_model,
+    profile_folder,
+    read_flags,
+    rounded,
+    store_path,
+    to_lines,
+)
 
 FORMAT = "kvserve-retrieval/1"
 _EXAMPLE = """example:
@@ -130,7 +141,11 @@ def profile_retrieval(
         UserError: the model cannot be loaded or measured.
     """
     text = load_text(data) if data else load_book(PROFILING.book)
-    model, tokenizer = _load(model_dir, settings)
+    needed = {
+        "--max-length": settings.max_length + settings.max_decode_tokens,
+        "--gate-length": settings.gate_length if settings.gate_steps else 0,
+    }
+    model, tokenizer = load_model(model_dir, needed)
     done = _measure(model_dir, model, tokenizer, settings, text, progress)
     kept = [instance for instance in done if instance.recall > settings.min_recall]
     if not kept:
@@ -151,15 +166,15 @@ def profile_retrieval(
         "num_layers": scores.shape[0],
         "num_query_heads": scores.shape[1],
         "num_kv_heads": num_kv_heads,
-        "query_head_scores": _rounded(scores),
-        "kv_head_scores": _rounded(kv_head_scores(scores, num_kv_heads)),
+        "query_head_scores": rounded(scores),
+        "kv_head_scores": rounded(kv_head_scores(scores, num_kv_heads)),
         **_gates(model_dir, model, tokenizer, settings, text, progress),
         "settings": {**dataclasses.asdict(settings), "data": data_name},
         "instances": {"run": len(done), "kept": len(kept)},
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "retrieval.json"
-    path.write_text(_one_line_per_layer(profile))
+    path.write_text(to_lines(profile))
     draw_heat_map(profile, out_dir / "retrieval.png")
     return path
 
@@ -172,39 +187,13 @@ def kv_head_scores(query_head_scores: Tensor, num_kv_heads: int) -> Tensor:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare ``kvserve profile retrieval``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
         "Hide made-up facts in long text, ask for them, and score each attention head\n"
         "by how much of the answer it copies from the cache (arXiv 2404.15574)."
     )
     parser.epilog = _EXAMPLE
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="where to write retrieval.json and .png (default: beside the profiles "
-        "that ship, where the retrieval policy finds them by the model's name)",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        type=Path,
-        help="text to hide the needles in (default: a novel that ships)",
-    )
-    for field in dataclasses.fields(RetrievalSettings):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            metavar="N" if isinstance(field.default, int) else "X",
-            type=type(field.default),
-            default=field.default,
-            help=f"{_HELP[field.name]} (default: %(default)s)",
-        )
+    add_files(parser, "retrieval", "the needles")
+    add_flags(parser, RetrievalSettings, _HELP)
 
 
 _HELP = {
@@ -225,11 +214,9 @@ _HELP = {
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvserve profile retrieval`` and print what was found."""
-    names = [field.name for field in dataclasses.fields(RetrievalSettings)]
-    settings = RetrievalSettings(**{name: getattr(args, name) for name in names})
+    settings = read_flags(args, RetrievalSettings)
     model_dir = resolve_model(args.model)
-    shipped = Path(str(files("policies"))) / "profiles"
-    out_dir = args.out or shipped / Path(model_dir).name
+    out_dir = args.out or profile_folder(model_dir)
     path = profile_retrieval(model_dir, settings, out_dir, data=args.data)
     profile = json.loads(path.read_text())
     scores = torch.tensor(profile["query_head_scores"])
@@ -238,34 +225,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{profile['instances']['kept']} of {settings.instances} needles were found")
     print(f"wrote {path}")
     return 0
-
-
-def _load(model_dir: str, settings: RetrievalSettings) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"MODEL {model_dir}: cannot be loaded ({reason})") from None
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = {
-        "--max-length": settings.max_length + settings.max_decode_tokens,
-        "--gate-length": settings.gate_length if settings.gate_steps else 0,
-    }
-    for flag, tokens in needed.items():
-        if limit and tokens > limit:
-            raise UserError(
-                f"{flag}: {Path(model_dir).name} reads at most {limit} tokens, its "
-                f"answer included, and this asks for {tokens}"
-            )
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        model.to(device)
-    return model.eval(), tokenizer
 
 
 def _measure(
@@ -277,22 +236,19 @@ def _measure(
     progress: bool,
 ) -> list[Instance]:
     """Run the instances that the cache directory does not hold yet; return all."""
-    store = _store_path(model_dir, settings, text)
-    done = _finished(store)
+    store = store_path(model_dir, dataclasses.astuple(settings), text)
+    done = finished(store, Instance.from_json)
     probe = TopKeyProbe()
     probe.attach(model)
     instances = []
     bar = tqdm(total=settings.instances, unit="needle", disable=not progress)
-    with bar, store.open("a") as file:
-        # A run that was killed may have left half a line: do not write behind it.
-        file.write("\n" if file.tell() else "")
+    with bar, appending(store) as write:
         for prompt in _prompts(tokenizer, settings, text):
             key = hashlib.sha256(str(prompt.token_ids).encode()).hexdigest()[:16]
             if key not in done:
                 limit = settings.max_decode_tokens
                 done[key] = run_instance(model, tokenizer, probe, prompt, limit)
-                file.write(done[key].to_json(key) + "\n")
-                file.flush()
+                write(done[key].to_json(key))
             instances.append(done[key])
             bar.update()
     return instances
@@ -315,9 +271,9 @@ def _gates(
         settings.gate_length,
         settings.seed,
     )
-    store = _store_path(model_dir, asked, text).with_suffix(".pt")
+    store = store_path(model_dir, dataclasses.astuple(asked), text).with_suffix(".pt")
     gates = train_gates(model, tokenizer, asked, text, store, progress)
-    return {"kv_head_gates": _rounded(gates)}
+    return {"kv_head_gates": rounded(gates)}
 
 
 def _prompts(
@@ -341,49 +297,3 @@ def _prompts(
                     text=text,
                 )
                 index += 1
-
-
-def _store_path(
-    model_dir: str, settings: RetrievalSettings | GateSettings, text: str
-) -> Path:
-    """Name the file of finished work after all that it depends on."""
-    weights = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(Path(model_dir).glob("*.safetensors"))
-    ]
-    what = (
-        str(Path(model_dir).resolve()),
-        weights,
-        dataclasses.astuple(settings),
-        text,
-    )
-    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    folder = cache_dir() / "profiles"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{Path(model_dir).name}-{digest}.jsonl"
-
-
-def _finished(store: Path) -> dict[str, Instance]:
-    done: dict[str, Instance] = {}
-    for line in store.read_text().splitlines() if store.exists() else ():
-        try:
-            key, instance = Instance.from_json(line)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            # The run was killed while it wrote this line: measure it again.
-            continue
-        done[key] = instance
-    return done
-
-
-def _rounded(scores: Tensor) -> list[list[float]]:
-    return [[round(value, 4) for value in row] for row in scores.tolist()]
-
-
-def _one_line_per_layer(profile: dict[str, Any]) -> str:
-    lines = []
-    for key, value in profile.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
-        lines.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose KV heads have spans: how far its answers are from the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvserve.profiling.recital import Recital
+
+PAGE = 32
+SINKS = 64
+_ROWS = 512
+_ATTENTION = "kvserve_spans"
+
+
+class SpanAttention:
+    """Causal attention in which each KV head sees 64 sinks and its window.
+
+    Windows are counted in pages of 32 tokens, as the engine does at its default page
+    size. ``spans`` has shape ``[R][H_kv]``, in tokens, sinks included; ``None`` is the
+    dense model. To be used on a whole prompt at once, without a cache.
+    """
+
+    def __init__(self) -> None:
+        self.spans: list[list[int]] | None = None
+
+    def attach(self, model: Any) -> None:
+        """Make ``model`` compute its attention here."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(_ATTENTION, self)
+        AttentionMaskInterface.register(_ATTENTION, _no_mask)
+        model.set_attn_implementation(_ATTENTION)
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
+        num_kv_heads, tokens = key.shape[1:3]
+        spans = self.spans[module.layer_idx] if self.spans else [tokens] * num_kv_heads
+        group = query.shape[1] // num_kv_heads
+        outputs = [
+            _attend(
+                query[:, head * group : (head + 1) * group],
+                key[:, head : head + 1],
+                value[:, head : head + 1],
+                spans[head],
+                scaling,
+            )
+            for head in range(num_kv_heads)
+        ]
+        return torch.cat(outputs, dim=1).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Spare the model a mask: one prompt without padding is causal by itself."""
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, span: int, scaling: float | None
+) -> Tensor:
+    """Attend with the query heads of one KV head, a tile of rows at a time."""
+    tokens = key.shape[2]
+    key, value = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
+    attend = functional.scaled_dot_product_attention
+    if span >= tokens:
+        return attend(query, key, value, is_causal=True, scale=scaling)
+    tiles = []
+    for first in range(0, tokens, _ROWS):
+        rows = torch.arange(first, min(first + _ROWS, tokens), device=key.device)
+        keys = torch.arange(int(rows[-1]) + 1, device=key.device)
+        keys = keys[(keys < SINKS) | (keys >= _window_start(rows[:1], span))]
+        seen = (keys < SINKS) | (keys >= _window_start(rows, span)[:, None])
+        tiles.append(
+            attend(
+                query[:, :, rows],
+                key[:, :, keys],
+                value[:, :, keys],
+                attn_mask=seen & (keys <= rows[:, None]),
+                scale=scaling,
+            )
+        )
+    return torch.cat(tiles, dim=2)
+
+
+def _window_start(rows: Tensor, span: int) -> Tensor:
+    """First position in the window of each row; its own page is part of the window."""
+    return (rows // PAGE - (span - SINKS) // PAGE + 1) * PAGE
+
+
+@torch.no_grad()
+def answer_log_probs(model: Any, recital: Recital) -> Tensor:
+    """Return next-token log-probabilities at the answers' tokens, ``[answers, V]``."""
+    tokens = torch.tensor([recital.token_ids], device=model.device)
+    before = torch.tensor(recital.answers, device=model.device) - 1
+    logits = model(tokens, use_cache=False, logits_to_keep=before).logits[0]
+    log_probs: Tensor = logits.log_softmax(-1)
+    return log_probs
+
+
+def divergence(dense: Tensor, other: Tensor) -> float:
+    """Return the mean KL divergence from ``dense`` over answer tokens, in nats."""
+    return float(
+        functional.kl_div(other, dense, reduction="batchmean", log_target=True)
+    )
