@@ -48,7 +48,14 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
         config = EngineArgs(**known).create_engine_config()
     except ValidationError as error:
         problems = "; ".join(str(e["msg"]) for e in error.errors())
-        raise UserError(problems.removeprefix("Value error, ")) from None
+        problems = problems.removeprefix("Value error, ")
+        if "tensor parallel size" in problems:
+            problems = (
+                f"--tensor-parallel-size={options['tensor_parallel_size']}: "
+                f"{problems.removesuffix('.')}; use a number that divides them, or "
+                "--data-parallel-size"
+            )
+        raise UserError(problems) from None
     except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
