@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from policies.base import ModelShape
 from tests.engine.conftest import Model, tiny_model
 from tests.engine.harness import EngineSlot, random_prompts
 from tests.reference.models import TinyLlama
@@ -70,7 +69,14 @@ def _serve(
     return [r.tokens for r in replies], [r.best for r in replies], held
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+def _slow(policies: Iterable[str], fast: tuple[str, ...] = ()) -> list[Any]:
+    """Mark all but a few: starting two ranks takes most of a minute."""
+    return [
+        p if p in fast else pytest.param(p, marks=pytest.mark.slow) for p in policies
+    ]
+
+
+@pytest.mark.parametrize("policy", _slow(POLICIES, fast=("retrieval", "h2o")))
 def test_two_ranks_say_token_by_token_what_one_rank_says(
     engines: EngineSlot, shared: dict[str, Model], policy: str
 ) -> None:
@@ -92,7 +98,7 @@ def _assert_pages_are_shared_out(one: list[int], two: list[int]) -> None:
         assert largest < all_pages or not all_pages
 
 
-@pytest.mark.parametrize("policy", ["retrieval", "moa"])
+@pytest.mark.parametrize("policy", _slow(["retrieval", "moa"]))
 def test_a_head_that_two_ranks_hold_says_the_same(
     engines: EngineSlot, shared: dict[str, Model], policy: str
 ) -> None:
