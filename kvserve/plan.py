@@ -18,6 +18,10 @@ neighbours.
 A request's page list grows block by block: when block ``b`` is opened, each lane that
 has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
 slot never changes while the request lives.
+
+Under tensor parallelism every rank owns some heads of each layer and a pool of its own,
+but all ranks get the same page list. Each numbers its own lanes and uses the list from
+the front, so a list as long as the largest rank needs is right for all.
 """
 
 from __future__ import annotations
@@ -68,8 +72,9 @@ class PagePlan:
 
     ``sinks`` and ``windows`` have shape ``[num_layers][num_kv_heads]``; a window of 0
     marks a full lane. ``shards``, of the same shape or empty, has a bit for each block
-    of a turn of ``stride`` that stays for good. Plans are hashable and travel from the
-    worker to the scheduler inside the KV cache spec.
+    of a turn of ``stride`` that stays for good. Of ``ranks`` ranks each owns as many
+    heads of a layer, in order. Plans are hashable and travel from the worker to the
+    scheduler inside the KV cache spec.
     """
 
     page_size: int
@@ -77,6 +82,7 @@ class PagePlan:
     windows: tuple[tuple[int, ...], ...]
     stride: int = 1
     shards: tuple[tuple[int, ...], ...] = ()
+    ranks: int = 1
 
     @classmethod
     def from_budgets(
@@ -84,14 +90,21 @@ class PagePlan:
         budgets: tuple[tuple[HeadBudget, ...], ...],
         page_size: int,
         max_tokens: int | None = None,
+        ranks: int = 1,
     ) -> PagePlan:
         """Round every budget up to whole pages.
 
         A head whose budget holds ``max_tokens`` tokens, the longest the request may
-        be, never evicts: its lane is a full one.
+        be, never evicts: its lane is a full one. Where there are more ranks than heads,
+        a head has a lane on each of its ranks.
         """
+        copies = max(1, ranks // len(budgets[0]))
         lanes = [
-            [_lane_blocks(head, page_size, max_tokens) for head in layer]
+            [
+                _lane_blocks(head, page_size, max_tokens)
+                for head in layer
+                for _ in range(copies)
+            ]
             for layer in budgets
         ]
         sinks, windows, shards = (
@@ -99,11 +112,11 @@ class PagePlan:
             for part in range(3)
         )
         if not any(map(any, shards)):
-            return cls(page_size, sinks, windows)
+            return cls(page_size, sinks, windows, ranks=ranks)
         strides = {head.stride for layer in budgets for head in layer if head.shards}
         if len(strides) > 1:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
-        return cls(page_size, sinks, windows, strides.pop(), shards)
+        return cls(page_size, sinks, windows, strides.pop(), shards, ranks)
 
     @property
     def num_layers(self) -> int:
@@ -116,6 +129,27 @@ class PagePlan:
     @property
     def num_lanes(self) -> int:
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def heads_per_rank(self) -> int:
+        return self.num_kv_heads // self.ranks
+
+    @cached_property
+    def by_rank(self) -> tuple[PagePlan, ...]:
+        """The plan of each rank's own heads."""
+        if self.ranks == 1:
+            return (self,)
+        width = self.heads_per_rank
+        return tuple(
+            PagePlan(
+                self.page_size,
+                _columns(self.sinks, first, width),
+                _columns(self.windows, first, width),
+                self.stride,
+                _columns(self.shards, first, width),
+            )
+            for first in range(0, self.num_kv_heads, width)
+        )
 
     @property
     def has_bounded_lanes(self) -> bool:
@@ -164,8 +198,10 @@ class PagePlan:
     def pages(self, tokens: int) -> int:
         """Pages that a request of ``tokens`` tokens holds, over all layers and heads.
 
-        Never shrinks as tokens are added.
+        On the rank that holds most. Never shrinks as tokens are added.
         """
+        if self.ranks > 1:
+            return max(plan.pages(tokens) for plan in self.by_rank)
         blocks = blocks_of(tokens, self.page_size)
         turns = max(0, blocks - self._warm_up) // self.stride
         held = self._held[blocks - turns * self.stride]
@@ -175,11 +211,16 @@ class PagePlan:
         """Length of the page list of ``tokens`` tokens: none of it is ever freed."""
         return self.pages(tokens)
 
+    def imbalance(self, tokens: int) -> float:
+        """Pages of the largest rank over the mean of all ranks: 1 is even."""
+        held = [plan.pages(tokens) for plan in self.by_rank]
+        return max(held) * self.ranks / sum(held)
+
     @property
     def full(self) -> PagePlan:
         """The plan of the same model that evicts nothing."""
         nothing = ((0,) * self.num_kv_heads,) * self.num_layers
-        return PagePlan(self.page_size, nothing, nothing)
+        return PagePlan(self.page_size, nothing, nothing, ranks=self.ranks)
 
     @cached_property
     def _entry(self) -> IntArray:
@@ -189,7 +230,7 @@ class PagePlan:
         return entry
 
     def list_index(self, slot: IntArray) -> IntArray:
-        """Index into the request's page list of each lane's ``slot``.
+        """Index into the request's page list of each lane's ``slot``, on a rank.
 
         Args:
             slot: slots that the lanes have opened, ``[num_layers, num_kv_heads, n]``.
@@ -197,6 +238,7 @@ class PagePlan:
         Returns:
             Indices of the same shape.
         """
+        assert self.ranks == 1, "each rank numbers its own lanes: use by_rank"
         turns = np.maximum(slot - self._warm_up, 0) // self.stride
         first = (slot - turns * self.stride).reshape(self.num_lanes, -1)
         entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
@@ -229,18 +271,26 @@ class PagePlan:
         return f"{sinks * size} sinks + {window * size} recent tokens"
 
 
+def _columns(
+    by_head: tuple[tuple[int, ...], ...], first: int, width: int
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(layer[first : first + width] for layer in by_head)
+
+
 @dataclass(frozen=True)
 class StreamRule:
     """The plan of every request under a policy of positions.
 
     Travels inside the KV cache spec. Only under an *elastic* policy do requests of
-    unequal length have unequal plans.
+    unequal length have unequal plans. ``model`` is the whole model, of whose heads
+    each of ``ranks`` ranks owns some.
     """
 
     policy: StreamingPolicy
     model: ModelShape
     page_size: int
     max_tokens: int
+    ranks: int = 1
 
     @property
     def is_elastic(self) -> bool:
@@ -285,7 +335,7 @@ class StreamRule:
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
     budgets = rule.policy.budgets(rule.model, length)
-    return PagePlan.from_budgets(budgets, rule.page_size, length)
+    return PagePlan.from_budgets(budgets, rule.page_size, length, rule.ranks)
 
 
 def scratch_pages(
@@ -306,4 +356,4 @@ def scratch_pages(
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks
-    return blocks * plan.full.num_kv_heads
+    return blocks * plan.full.heads_per_rank

@@ -98,6 +98,8 @@ class Capabilities:
     """Two requests may share the pages of a common prefix."""
     cuda_graph_safe: bool = False
     tensor_parallel_exact: bool = False
+    """A head keeps the same whatever other heads of its layer see or keep, so that
+    ranks which own a part of the heads keep what one rank with all of them does."""
 
 
 def parameter(

@@ -16,7 +16,10 @@ class Full(StreamingPolicy):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "none: exact attention"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        prefill="streaming", position_only=True, cuda_graph_safe=True
+        prefill="streaming",
+        position_only=True,
+        cuda_graph_safe=True,
+        tensor_parallel_exact=True,
     )
 
     def budgets(

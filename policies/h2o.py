@@ -38,6 +38,7 @@ class H2O(DensePolicy):
         position_only=False,
         scores_tokens=True,
         statistics=("attention mass",),
+        tensor_parallel_exact=True,
     )
 
     heavy_ratio: float = parameter(

@@ -49,6 +49,7 @@ class MoA(StreamingPolicy):
         needs_profile=True,
         elastic=True,
         cuda_graph_safe=True,
+        tensor_parallel_exact=True,
     )
 
     plan: str | None = parameter(

@@ -34,6 +34,7 @@ class Retrieval(StreamingPolicy):
         position_only=True,
         needs_profile=True,
         cuda_graph_safe=True,
+        tensor_parallel_exact=True,
     )
 
     profile: str | None = parameter(

@@ -40,7 +40,10 @@ class Sharded(StreamingPolicy):
     name: ClassVar[str] = "sharded"
     paper: ClassVar[str] = "S2-Attention, arXiv 2407.17678"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        prefill="streaming", position_only=True, cuda_graph_safe=True
+        prefill="streaming",
+        position_only=True,
+        cuda_graph_safe=True,
+        tensor_parallel_exact=True,
     )
 
     block: int = parameter(64, "tokens of a block, and of a page", minimum=32)

@@ -27,7 +27,10 @@ class SinkRecent(StreamingPolicy):
     name: ClassVar[str] = "sink-recent"
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        prefill="streaming", position_only=True, cuda_graph_safe=True
+        prefill="streaming",
+        position_only=True,
+        cuda_graph_safe=True,
+        tensor_parallel_exact=True,
     )
 
     sinks: int = parameter(

@@ -32,7 +32,10 @@ class SnapKV(DensePolicy):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        prefill="dense", position_only=False, scores_tokens=True
+        prefill="dense",
+        position_only=False,
+        scores_tokens=True,
+        tensor_parallel_exact=True,
     )
 
     capacity: int = parameter(1024, "prompt tokens that a head keeps", minimum=64)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionMetadataBuilder,
@@ -86,13 +87,15 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
         spec = cast(HeadPagedSpec, self.kv_cache_spec)
         rule = cast(StreamRule, spec.rule)
+        rank = get_tensor_model_parallel_rank()
         tables = PageTables(
             spec.plan,
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
             rule if rule.is_elastic else None,
+            rank,
         )
-        return tables, RowBuilder(spec.plan, tables)
+        return tables, RowBuilder(spec.plan.by_rank[rank], tables)
 
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""

@@ -18,6 +18,7 @@ from kvserve.units import format_bytes, parse_bytes
 _EXAMPLES = """examples:
   kvserve plan --policy retrieval --max-model-len 8192 --kv-memory 512MiB
   kvserve plan MODEL --policy sink-recent --policy-arg recent=480 --kv-memory 8G
+  kvserve plan --tensor-parallel-size 3 --kv-memory 512MiB    what ranks cost
 
 No weights are loaded.
 """
@@ -35,7 +36,17 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("model", nargs="?", help="model name or directory")
     parser.add_argument("--max-model-len", type=int, help="longest request, in tokens")
     parser.add_argument(
-        "--kv-memory", required=True, metavar="BYTES", help="pool size, e.g. 512MiB"
+        "--kv-memory",
+        required=True,
+        metavar="BYTES",
+        help="pool size, of each rank, e.g. 512MiB",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share the heads of each layer",
     )
     parser.add_argument(
         "--max-num-seqs", type=int, default=256, help="requests the server may run"
@@ -54,6 +65,7 @@ def plan(argv: list[str]) -> int:
             "max_model_len": args.max_model_len,
             "max_num_seqs": args.max_num_seqs,
             "kv_cache_memory_bytes": memory,
+            "tensor_parallel_size": args.tensor_parallel_size,
             "enable_prefix_caching": False,
         },
     )
@@ -67,8 +79,10 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     full, scratch = ours.full, scratch_of(config, ours)
     page = page_bytes_of(config)
     pool, full_pool = memory // page - scratch - 1, memory // page - 1
+    ranks = config.parallel_config.tensor_parallel_size
+    each = f" on each of {ranks} ranks" if ranks > 1 else ""
     lines = [
-        f"pool {format_bytes(memory)} of {format_bytes(page)} pages; "
+        f"pool {format_bytes(memory)}{each} of {format_bytes(page)} pages; "
         f"{format_bytes(scratch * page)} of it is scratch for prefill",
         "",
         f"{'tokens':>8} {'KV a request':>14} {'full cache':>12} {'kept':>7} "

@@ -38,7 +38,7 @@ class LLM(vllm.LLM):
         policy_args: Mapping[str, Any] | None = None,
         **vllm_kwargs: Any,
     ) -> None:
-        prepare_environment()
+        prepare_environment(vllm_kwargs)
         options: dict[str, Any] = {"model": resolve_model(model), **vllm_kwargs}
         if policy is not None:
             settings = PolicySettings(policy, dict(policy_args or {}))

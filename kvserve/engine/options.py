@@ -7,6 +7,8 @@ switched off with one log line when they are merely vLLM's default.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from policies.base import DensePolicy, StreamingPolicy
 _WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
 _ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
 _DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _STOCK = "or serve with stock vLLM: `--policy none`"
 
 _REFUSED: dict[str, str] = {
@@ -34,11 +37,11 @@ _REFUSED: dict[str, str] = {
     "kv_cache_dtype_skip_layers": "all layers share one pool of one type",
 }
 _PARALLEL = (
-    "tensor_parallel_size",
     "pipeline_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
+_PER_REPLICA = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 def engine_options(
@@ -60,8 +63,8 @@ def engine_options(
     for name in _PARALLEL:
         if (options.get(name) or 1) > 1:
             raise UserError(
-                f"{_flag(name)}={options[name]}: a policy runs on one device per "
-                f"replica; use 1, {_STOCK}"
+                f"{_flag(name)}={options[name]}: a policy divides heads among ranks, "
+                f"not layers or tokens; use --tensor-parallel-size, {_STOCK}"
             )
     _check_cache_type(options)
     block_size = _block_size(settings, options)
@@ -123,15 +126,55 @@ def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
     return block_size
 
 
-def prepare_environment() -> None:
-    """Make sure that vLLM loads our plugin and uses every CPU it may use."""
+def prepare_environment(options: Mapping[str, Any]) -> None:
+    """Make sure that vLLM loads our plugin and uses every CPU it may use.
+
+    Args:
+        options: vLLM engine options by field name; those left out are defaults.
+    """
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "kvserve" not in plugins.split(","):
         os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "kvserve"]))
-    if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-        # vLLM's automatic binding leaves one core idle.
-        cores = sorted(os.sched_getaffinity(0))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    if current_platform.is_cpu():
+        _bind_threads(local_workers(options))
+
+
+def local_workers(options: Mapping[str, Any]) -> int:
+    """Worker processes that the options start on this machine."""
+    sizes = [options.get(name) or 1 for name in _PER_REPLICA]
+    replicas = options.get("data_parallel_size_local")
+    if replicas is None:
+        replicas = options.get("data_parallel_size") or 1
+    return max(math.prod(sizes) * replicas, 1)
+
+
+def _bind_threads(workers: int) -> None:
+    """Give every worker cores of its own, unless the user did.
+
+    vLLM's automatic binding leaves one core idle, and wants a NUMA node per worker.
+    """
+    asked = os.environ.get(_BINDING)
+    # An engine that this process started before may have had other workers.
+    ours = {_binding(count + 1) for count in range(len(os.sched_getaffinity(0)))}
+    if asked is None or asked in ours:
+        os.environ[_BINDING] = _binding(workers)
+    elif asked not in ("auto", "nobind") and asked.count("|") + 1 != workers:
+        raise UserError(
+            f"{_BINDING}={asked}: names cores for {asked.count('|') + 1} workers, but "
+            f"{workers} will run; part {workers} lists with |, or unset it"
+        )
+
+
+def _binding(workers: int) -> str:
+    """Deal cores to workers as vLLM reads it: ``0,1|2,3``."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < workers:
+        return "nobind"
+    ends = [len(cores) * place // workers for place in range(workers + 1)]
+    return "|".join(
+        ",".join(map(str, cores[first:last]))
+        for first, last in itertools.pairwise(ends)
+    )
 
 
 def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:

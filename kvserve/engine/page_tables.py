@@ -31,6 +31,7 @@ class PageTables:
     Args:
         plan: of every request, unless there is a rule.
         rule: of a policy under which requests have plans of their own.
+        rank: whose heads these are, among the plan's ranks.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class PageTables:
         max_requests: int,
         max_tokens: int,
         rule: StreamRule | None = None,
+        rank: int = 0,
     ) -> None:
-        self._plan, self._rule = plan, rule
+        plan = plan.by_rank[rank]
+        self._plan, self._rule, self._rank = plan, rule, rank
         width = blocks_of(max_tokens, plan.page_size)
         shape = (plan.num_layers, max_requests, plan.num_kv_heads, width)
         self.lanes = Lanes.full(shape[:3], plan.stride)
@@ -58,7 +61,7 @@ class PageTables:
         """Note a new request: its prompt, and the longest reply it may get."""
         if self._rule is not None:
             plan = self._rule.of_request(prompt_tokens, reply_tokens)
-            self._plans[request_id] = plan
+            self._plans[request_id] = plan.by_rank[self._rank]
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Drop requests that will not come back."""

@@ -48,7 +48,14 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
         config = EngineArgs(**known).create_engine_config()
     except ValidationError as error:
         problems = "; ".join(str(e["msg"]) for e in error.errors())
-        raise UserError(problems.removeprefix("Value error, ")) from None
+        problems = problems.removeprefix("Value error, ")
+        if "tensor parallel size" in problems:
+            problems = (
+                f"--tensor-parallel-size={options['tensor_parallel_size']}: "
+                f"{problems.removesuffix('.')}; use a number that divides them, or "
+                "--data-parallel-size"
+            )
+        raise UserError(problems) from None
     except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
@@ -64,9 +71,20 @@ def _announce(config: VllmConfig, rule: Rule) -> None:
     settings = PolicySettings.from_config(config)
     lines = [rule.describe()]
     if isinstance(rule, StreamRule):
-        lines += filter(None, [rule.policy.remark(rule.model)])
+        lines += filter(None, [rule.policy.remark(rule.model), _on_ranks(rule)])
     for line in lines:
         print(f"kvserve: policy {settings.policy}: {line}", file=sys.stderr)
+
+
+def _on_ranks(rule: StreamRule) -> str:
+    """Say what it costs that ranks own heads in the model's order."""
+    if rule.ranks == 1:
+        return ""
+    excess = rule.longest.imbalance(rule.max_tokens)
+    return (
+        f"of {rule.ranks} ranks the one that holds most decides: {excess:.2f} times an "
+        f"even share at {rule.max_tokens} tokens"
+    )
 
 
 def page_bytes_of(config: VllmConfig) -> int:

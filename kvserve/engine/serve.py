@@ -93,7 +93,7 @@ def serve(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     args.subparser = "serve"
     _resolve_model(args)
-    prepare_environment()
+    prepare_environment(vars(args))
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if settings is not None:
         options = engine_options(settings, explicit_options(vars(args)))

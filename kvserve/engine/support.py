@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.plan import StreamRule, scratch_pages
-from policies.base import DensePolicy, ModelShape, StreamingPolicy
+from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 _DENSE_EVERY = "dense_attention_every_n_layers"
@@ -26,13 +27,13 @@ Rule = StreamRule | DenseRule
 
 
 def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
-    """Read the shape of the model that a config names."""
+    """Read the shape of the model that a config names, whatever ranks share it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return ModelShape(
         name=Path(model.model).name,
         num_layers=model.get_num_layers(parallel),
-        num_query_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
+        num_query_heads=model.model_arch_config.total_num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
@@ -57,16 +58,51 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
     model = model_shape_of(vllm_config)
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1:
+        _check_ranks(policy, model, ranks)
     if isinstance(policy, DensePolicy):
-        rule: Rule = DenseRule(policy, model, page_size, max_tokens)
+        # Every rank selects among its own heads, and all have lanes of equal length.
+        share = dataclasses.replace(
+            model,
+            num_query_heads=model.num_query_heads // ranks,
+            num_kv_heads=model.num_kv_heads // ranks,
+        )
+        rule: Rule = DenseRule(policy, share, page_size, max_tokens)
     elif isinstance(policy, StreamingPolicy):
-        rule = StreamRule(policy, model, page_size, max_tokens)
+        rule = StreamRule(policy, model, page_size, max_tokens, ranks)
     else:
         raise UserError(
             f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
         )
     rule.plan(max_tokens)  # refuses a model that the policy cannot serve
     return rule
+
+
+def _check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:
+    """Refuse heads that cannot be dealt to ranks, or that must know of each other.
+
+    Raises:
+        UserError: names the flag, what is in the way and what to do.
+    """
+    flag = f"--tensor-parallel-size={ranks}"
+    if not policy.capabilities.tensor_parallel_exact:
+        raise UserError(
+            f"{flag}: heads of a layer would lie on different ranks, and policy "
+            f"{policy.name} compares them (its record is not tensor_parallel_exact); "
+            "use 1, or another policy"
+        )
+    heads = model.num_kv_heads
+    if heads % ranks and ranks % heads:
+        raise UserError(
+            f"{flag}: {model.name} has {heads} KV heads, which cannot be dealt evenly; "
+            "use a number that divides them, or --data-parallel-size"
+        )
+    if isinstance(policy, DensePolicy) and ranks > heads:
+        raise UserError(
+            f"{flag}: {model.name} has {heads} KV heads, and policy {policy.name} must "
+            f"see all query heads of a KV head on one rank; use at most {heads}"
+        )
 
 
 def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:

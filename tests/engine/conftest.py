@@ -63,11 +63,12 @@ def engines() -> Iterator[EngineSlot]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""
     directory = tmp_path_factory.mktemp("models")
-    found = {tiny.name: _tiny(tiny, directory) for tiny in (MHA, GQA, LONG)}
+    found = {tiny.name: tiny_model(tiny, directory) for tiny in (MHA, GQA, LONG)}
     return found | {"smollm2": _embedded(directory)}
 
 
-def _tiny(tiny: TinyLlama, directory: Path) -> Model:
+def tiny_model(tiny: TinyLlama, directory: Path) -> Model:
+    """Write a model, its profile and its plans below ``directory``."""
     shape = ModelShape(
         tiny.name,
         tiny.num_layers,

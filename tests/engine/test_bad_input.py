@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvserve.cli import main
-from kvserve.engine.options import engine_options
+from kvserve.engine.options import engine_options, prepare_environment
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
@@ -57,7 +58,24 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--policy", "none", "--policy-arg", "sinks=1"], "takes no arguments"),
         (["--policy-arg", "sinks"], "expected key=value"),
         (["--enable-prefix-caching"], "--enable-prefix-caching"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size=2"),
+        (
+            ["--tensor-parallel-size", "2", "--policy", "heterogeneous"],
+            "--tensor-parallel-size=2: heads of a layer would lie on different ranks, "
+            "and policy heterogeneous",
+        ),
+        (
+            ["--tensor-parallel-size", "4"],
+            "--tensor-parallel-size=4: Total number of attention heads (6) must be",
+        ),
+        (
+            ["--tensor-parallel-size", "3"],
+            "--tensor-parallel-size=3: tiny-gqa has 2 KV heads, which cannot be dealt",
+        ),
+        (
+            ["--tensor-parallel-size", "6", "--policy", "h2o"],
+            "--tensor-parallel-size=6: tiny-gqa has 2 KV heads, and policy h2o",
+        ),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size=2"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype=fp8"),
         (["--block-size", "48"], "--block-size=48"),
         (
@@ -135,6 +153,49 @@ def test_serve_refuses_in_one_line(
     assert named in _refusal(argv, capsys)
 
 
+def test_heads_of_the_embedded_model_cannot_be_dealt_to_two_ranks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["serve", "--tensor-parallel-size", "2", "--max-model-len", "1024"]
+    line = _refusal(argv, capsys)
+    assert "--tensor-parallel-size=2: Total number of attention heads (9)" in line
+    assert line.endswith("or --data-parallel-size")
+
+
+def test_a_list_of_cores_for_another_number_of_workers_is_refused(
+    models: dict[str, Model],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0")
+    argv = ["serve", str(models["tiny-gqa"].path), "--policy", "full"]
+    line = _refusal([*argv, "--data-parallel-size", "2"], capsys)
+    assert "VLLM_CPU_OMP_THREADS_BIND=0|1|0: names cores for 3 workers" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "0,1,2,3,4"),
+        ({"tensor_parallel_size": 2}, "0,1|2,3,4"),
+        ({"data_parallel_size": 2}, "0,1|2,3,4"),
+        ({"data_parallel_size": 8, "data_parallel_size_local": 2}, "0,1|2,3,4"),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, "0|1|2|3,4"),
+        ({"tensor_parallel_size": 8}, "nobind"),
+    ],
+)
+def test_every_worker_gets_cores_of_its_own(
+    options: dict[str, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    for before in (None, "0,1,2,3,4", "0,1|2,3,4"):  # as earlier engines left it
+        monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+        if before is not None:
+            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", before)
+        prepare_environment(options)
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == expected
+
+
 def test_a_pool_too_small_for_one_request_names_both_flags(
     models: dict[str, Model], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +238,16 @@ def test_without_a_profile_the_default_policy_is_full_and_says_so(
     shown = capsys.readouterr().err
     assert "no profile ships" in shown
     assert "keep everything" in shown
+
+
+def test_plan_says_what_uneven_ranks_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--policy", "retrieval", "--policy-arg", "full_ratio=0.1"]
+    argv += ["--kv-memory", "512M", "--tensor-parallel-size", "3"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert "on each of 3 ranks" in shown.out
+    # Of nine full heads one rank has five, and its share would be three.
+    assert "of 3 ranks the one that holds most decides: 1.40 times" in shown.err
 
 
 def test_plan_says_when_compression_cannot_help(

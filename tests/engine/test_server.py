@@ -4,64 +4,29 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
+from tests.engine.servers import metric, running_server
+
 pytestmark = pytest.mark.engine
 
-_START_SECONDS = 300
 _MODEL = "SmolLM2-135M-Instruct"
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the command as typed, wait until it is healthy, stop it by SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(str(Path(sys.executable).with_name("kvserve")), "serve"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
-        *("--kv-cache-memory-bytes", "256M", "--max-model-len", "2048"),
-        *("--max-num-seqs", "8", "--enforce-eager", "--disable-uvicorn-access-log"),
+    flags = [
+        *("--dtype", "float32", "--kv-cache-memory-bytes", "256M"),
+        *("--max-model-len", "2048", "--max-num-seqs", "8"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        base = f"http://127.0.0.1:{port}"
-        try:
-            _wait_until_healthy(base, process, log)
-            yield base
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
-
-
-def _wait_until_healthy(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"{base}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"not healthy in time: {log.read_text()[-3000:]}")
+    with running_server(flags, tmp_path_factory.mktemp("server") / "log") as base:
+        yield base
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +144,5 @@ def test_usage_shows_pages_while_a_request_runs_and_none_after(
 
 
 def _usage(server: str) -> float:
-    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    (line,) = [x for x in lines if x.startswith("vllm:kv_cache_usage_perc")]
-    return float(line.rsplit(" ", 1)[1])
+    (usage,) = metric(server, "vllm:kv_cache_usage_perc").values()
+    return usage

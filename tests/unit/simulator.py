@@ -9,7 +9,7 @@ chunks, skips, finishes, preempts and resumes requests, and orders the batch as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -61,6 +61,15 @@ def plans_of(
     layer = st.lists(lane, min_size=heads, max_size=heads)
     lanes = draw(st.lists(layer, min_size=layers, max_size=layers))
     return make_plan(page_size, lanes, stride)
+
+
+@st.composite
+def ranked_plans(draw: st.DrawFn) -> PagePlan:
+    """Draw a plan whose heads are dealt to two or three ranks."""
+    layers, ranks = draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    heads, stride = ranks * draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4]))
+    plan = draw(plans_of(layers, heads, draw(st.integers(1, 4)), stride))
+    return replace(plan, ranks=ranks)
 
 
 @st.composite

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that tests start as a user would, and stop by SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_START_SECONDS = 300
+
+
+@contextlib.contextmanager
+def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
+    """Run ``kvserve serve`` on a free port; yield its URL once it is healthy."""
+    port = free_port()
+    command = [
+        *(str(Path(sys.executable).with_name("kvserve")), "serve", *flags),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--enforce-eager", "--disable-uvicorn-access-log"),
+    ]
+    with running(command, log) as process:
+        base = f"http://127.0.0.1:{port}"
+        wait_until_healthy(base, process, log)
+        yield base
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as typed in a shell of its own, without the tests' settings."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
+
+
+def wait_until_healthy(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{base}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"not healthy in time: {log.read_text()[-3000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def metric(base: str, name: str) -> dict[str, float]:
+    """Read a Prometheus metric of a server, by its engine."""
+    with urllib.request.urlopen(f"{base}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    found: dict[str, float] = {}
+    for line in lines:
+        if match := re.match(rf'{re.escape(name)}{{.*?engine="(\d+)".*}} (.*)', line):
+            engine, value = match.groups()
+            found[engine] = found.get(engine, 0) + float(value)
+    return found
