@@ -63,8 +63,9 @@ bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .v
 
 lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	for device in cpu gpu; do \
-	  $(BIN)/uv pip compile -q pyproject.toml --extra $$device --extra dev \
-	    --extra eval --extra model --extra scale --python-version 3.11 --no-annotate --no-header \
+	  $(BIN)/uv pip compile -q pyproject.toml --extra $$device --extra dev --extra deploy \
+	    --extra eval --extra model --extra scale --python-version 3.11 \
+	    --no-annotate --no-header \
 	    -o requirements/$$device.lock; done
 
 clean:  ## Remove the virtual environment and caches

@@ -22,6 +22,7 @@ commands:
   policies   list the cache policies, their parameters and what each needs
   plan       show KV bytes a request and requests a pool, without loading weights
   profile    measure a model's heads (kvserve profile retrieval|moa MODEL)
+  bench      put a server under load, or compare policies under the same load
 
 `kvserve COMMAND --help` shows examples.
 """
@@ -71,6 +72,13 @@ def _profile(argv: list[str]) -> int:
     return moa.run(args) if args.kind == "moa" else retrieval.run(args)
 
 
+def _bench(argv: list[str]) -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvserve.bench.command import bench
+
+    return bench(argv)
+
+
 def _policies(argv: list[str]) -> int:
     from policies.registry import available_policies
 
@@ -107,6 +115,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "policies": _policies,
     "plan": _plan,
     "profile": _profile,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

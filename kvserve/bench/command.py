@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvserve bench``: the same load on one server, or on one policy after another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import urllib.error
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from kvserve import __version__
+from kvserve.bench.result import Result, draw, table, write_json
+from kvserve.bench.scrape import Sampler, get
+from kvserve.bench.server import running_server
+from kvserve.bench.workloads import (
+    WORKLOADS,
+    Request,
+    draw_workload,
+    read_workload,
+    write_workload,
+)
+from kvserve.errors import UserError
+from kvserve.units import parse_bytes
+
+_EXAMPLES = """examples:
+  kvserve bench                                  the embedded model, its default policy
+  kvserve bench --url http://127.0.0.1:8000      a server that runs already
+  kvserve bench --compare none,full,retrieval --workload long-document \\
+    --kv-memory 256MiB --image bench.png --json bench.json
+  kvserve bench --compare none,sink-recent:recent=224 -- --max-model-len 4096
+  kvserve bench --workload my.jsonl --rate 2 --concurrency 8
+
+What follows `--` goes to every `kvserve serve` that is started. A workload file has a
+line a request: {"prompt": "...", "output_tokens": 64}, or "messages" instead of the
+prompt. A server that wants a key gets OPENAI_API_KEY.
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The requests, and how they arrive."""
+
+    requests: Sequence[Request]
+    seed: int
+    rate: float
+    concurrency: int | None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``kvserve bench``."""
+    parser = argparse.ArgumentParser(
+        prog="kvserve bench",
+        description="Put a server under load with vLLM's benchmark client.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", help="default: the embedded model")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--url", help="use the server at this address; starts none")
+    target.add_argument(
+        "--compare",
+        metavar="POLICY,...",
+        help="start a server for each policy in turn, `none` for stock vLLM; give "
+        "arguments as NAME:KEY=VALUE or a TOML file",
+    )
+    parser.add_argument(
+        "--kv-memory",
+        default="512MiB",
+        help="KV cache of a server that is started (default: %(default)s)",
+    )
+    _add_load_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--image", type=Path, metavar="FILE.png", help="draw it")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    output.add_argument(
+        "--write-workload",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write the requests as a workload file, and send nothing",
+    )
+    return parser
+
+
+def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("load")
+    kinds = "; ".join(
+        f"{name}: {kind.about}, {kind.prompt_tokens} + {kind.output_tokens} tokens"
+        for name, kind in WORKLOADS.items()
+    )
+    group.add_argument(
+        "--workload",
+        default="chat",
+        metavar="NAME|FILE.jsonl",
+        help=f"{kinds}; or a file (default: %(default)s)",
+    )
+    group.add_argument(
+        "--requests", type=int, help="how many (default: 16, or all of a file)"
+    )
+    group.add_argument("--prompt-tokens", type=int, help="mean length of a prompt")
+    group.add_argument(
+        "--output-tokens", type=int, help="mean length of a reply; of a file's: exact"
+    )
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
+        "--rate",
+        type=float,
+        default=float("inf"),
+        help="requests a second, as a Poisson process (default: all at once)",
+    )
+    group.add_argument(
+        "--concurrency", type=int, help="most requests in flight (default: no limit)"
+    )
+
+
+def bench(argv: list[str]) -> int:
+    """Run the benchmark; 1 if a request failed."""
+    own, server_flags = _split(argv)
+    args = make_parser().parse_args(own)
+    _check(args, server_flags)
+    load = Load(_requests(args), args.seed, args.rate, args.concurrency)
+    if args.write_workload:
+        write_workload(args.write_workload, load.requests)
+        return 0
+    results = list(_results(args, server_flags, load))
+    title = _title(args, results)
+    print(f"\n### {title}\n\n{table(results)}")
+    if args.json:
+        write_json(args.json, _about(args, server_flags), results)
+    if args.image:
+        draw(args.image, title, results)
+    for result in results:
+        if result.failed:
+            print(
+                f"kvserve: {result.policy}: {result.failed} requests failed, the first "
+                f"with: {result.first_error}",
+                file=sys.stderr,
+            )
+    return int(any(result.failed for result in results))
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _check(args: argparse.Namespace, server_flags: list[str]) -> None:
+    for name in ("requests", "prompt_tokens", "output_tokens", "concurrency", "rate"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.url and server_flags:
+        raise UserError("--url: takes no server flags after `--`: it starts no server")
+    if args.url and args.model:
+        raise UserError("--url: serves the model it serves; leave the model out")
+    parse_bytes(args.kv_memory, "--kv-memory")
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    if args.workload in WORKLOADS:
+        return draw_workload(
+            args.workload,
+            args.requests or 16,
+            args.seed,
+            args.prompt_tokens,
+            args.output_tokens,
+        )
+    if args.prompt_tokens:
+        raise UserError("--prompt-tokens: a workload file has prompts of its own")
+    path = Path(args.workload)
+    if not path.suffix:
+        names = ", ".join(WORKLOADS)
+        raise UserError(f"--workload {args.workload}: choose one of {names}, or a file")
+    requests = read_workload(path, args.output_tokens)
+    if args.requests and args.requests > len(requests):
+        raise UserError(
+            f"--requests {args.requests}: --workload {path} has {len(requests)}"
+        )
+    return requests[: args.requests]
+
+
+def _results(
+    args: argparse.Namespace, server_flags: list[str], load: Load
+) -> list[Result]:
+    if args.url:
+        return [measure(args.url.rstrip("/"), args.url, load)]
+    policies = args.compare.split(",") if args.compare else [""]
+    log = Path(tempfile.mkstemp(prefix="kvserve-bench-", suffix=".log")[1])
+    print(f"kvserve: the servers' log is {log}", file=sys.stderr)
+    results = []
+    for policy in tqdm(policies, desc="policies", disable=len(policies) == 1):
+        flags = [*_server_flags(args, policy), *server_flags]
+        with running_server(flags, log) as base_url:
+            results.append(measure(base_url, policy or "default policy", load))
+    return results
+
+
+def _server_flags(args: argparse.Namespace, policy: str) -> list[str]:
+    """Flags of ``kvserve serve`` for ``NAME``, ``NAME:KEY=VALUE:...`` or a file."""
+    size = parse_bytes(args.kv_memory, "--kv-memory")
+    flags = [args.model] if args.model else []
+    flags += ["--kv-cache-memory-bytes", str(size)]
+    if policy:
+        name, *arguments = policy.split(":")
+        flags += ["--policy", name]
+        for argument in arguments:
+            flags += ["--policy-arg", argument]
+    return flags
+
+
+def measure(base_url: str, label: str, load: Load) -> Result:
+    """Warm one server up, put it under load and watch its metrics.
+
+    Raises:
+        UserError: no server answers, or it is not one of vLLM's.
+    """
+    model = _served_model(base_url)
+    from kvserve.engine.bench_client import send
+
+    send(base_url, model, [_warm_up(load.requests[0])], progress=False)
+    try:
+        with Sampler(base_url) as sampler:
+            measured = send(
+                base_url,
+                model,
+                load.requests,
+                seed=load.seed,
+                rate=load.rate,
+                concurrency=load.concurrency,
+            )
+    except KeyError as error:
+        raise UserError(
+            f"{base_url}/metrics: has no {error.args[0]}; is this a vLLM server?"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{base_url}/metrics: cannot be read ({error})") from None
+    return Result.from_run(label, measured, sampler.samples)
+
+
+def _served_model(base_url: str) -> str:
+    try:
+        models = json.loads(get(f"{base_url}/v1/models"))
+        return str(models["data"][0]["id"])
+    except urllib.error.HTTPError as error:
+        hint = "; set OPENAI_API_KEY" if error.code == 401 else ""
+        raise UserError(f"--url {base_url}: answers {error.code}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--url {base_url}: no server answers ({error}); start one with `kvserve "
+            "serve`, or leave --url out"
+        ) from None
+    except (LookupError, TypeError):
+        raise UserError(f"--url {base_url}: its /v1/models lists no model") from None
+
+
+def _warm_up(request: Request) -> Request:
+    """The same length, but no prefix that a cache of prompts could recognise."""
+    first, *rest = request.messages
+    first = {**first, "content": f"Warming up. {first['content']}"}
+    return replace(request, messages=(first, *rest), output_tokens=8)
+
+
+def _title(args: argparse.Namespace, results: Sequence[Result]) -> str:
+    first = results[0]
+    count = first.completed or 1
+    memory = "" if args.url else f", {args.kv_memory} of KV cache"
+    return (
+        f"{Path(args.workload).name}: {count} requests of "
+        f"{first.prompt_tokens / count:.0f} + {first.output_tokens / count:.0f} "
+        f"tokens{memory}"
+    )
+
+
+def _about(args: argparse.Namespace, server_flags: list[str]) -> dict[str, Any]:
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("json", "image", "write_workload") and value != float("inf")
+    }
+    return {
+        "kvserve": __version__,
+        "settings": settings,
+        "server_flags": server_flags,
+        "cores": len(os.sched_getaffinity(0)),
+    }

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Prometheus, with the configuration that is deployed, on a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.deploy.conftest import DEPLOY, find_tool, load_yaml
+
+_FOLDER = DEPLOY / "prometheus"
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A Prometheus that runs at ``url``."""
+
+    url: str
+
+    def ask(self, path: str, **parameters: Any) -> Any:
+        """Call the API; an error of Prometheus' is an error here."""
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}") as response:
+            answer = json.load(response)
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def values(self, query: str, start: float, end: float) -> list[float]:
+        """Every number that a query gives between two times; NaN is no number."""
+        data = self.ask("query_range", query=query, start=start, end=end, step=1)
+        values = (float(v) for curve in data["result"] for _, v in curve["values"])
+        return [value for value in values if math.isfinite(value)]
+
+    def wait_for(self, query: str, seconds: float = 30) -> None:
+        """Wait until a query gives something."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.ask("query", query=query)["result"]:
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"{query} gave nothing for {seconds} s")
+
+
+@contextlib.contextmanager
+def running_prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
+    """Scrape ``target`` (host:port) every second with what deploy/prometheus/ says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        find_tool("prometheus"),
+        f"--config.file={_configure(target, folder)}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+    ]
+    log = folder / "prometheus.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_ready(f"http://{address}", process, log)
+        yield Prometheus(f"http://{address}")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _configure(target: str, folder: Path) -> Path:
+    """The deployed configuration, faster, and with another target."""
+    config = load_yaml(_FOLDER / "prometheus.yml")
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(_FOLDER / pattern) for pattern in config["rule_files"]]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"Prometheus is not ready: {log.read_text()}")
