@@ -175,6 +175,19 @@ class PagePlan:
         """Length of the page list of ``tokens`` tokens: none of it is ever freed."""
         return self.pages(tokens)
 
+    def lane_tokens(self, tokens: int) -> IntArray:
+        """Tokens that the last of ``tokens`` tokens sees in each lane.
+
+        Returns:
+            ``[num_layers, num_kv_heads]``.
+        """
+        last = np.array([blocks_of(tokens, self.page_size) - 1])
+        hidden = np.broadcast_to(
+            self.lanes.hidden(last)[..., 0], (self.num_layers, self.num_kv_heads)
+        )
+        seen: IntArray = tokens - hidden * self.page_size
+        return seen
+
     @property
     def full(self) -> PagePlan:
         """The plan of the same model that evicts nothing."""
