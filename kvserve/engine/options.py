@@ -10,10 +10,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.plugins import (
+    DEFAULT_PLUGINS_GROUP,
+    IO_PROCESSOR_PLUGINS_GROUP,
+    PLATFORM_PLUGINS_GROUP,
+    STAT_LOGGER_PLUGINS_GROUP,
+)
 
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
@@ -125,13 +132,27 @@ def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
 
 def prepare_environment() -> None:
     """Make sure that vLLM loads our plugin and uses every CPU it may use."""
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "kvserve" not in plugins.split(","):
-        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "kvserve"]))
+    named = os.environ.get("VLLM_PLUGINS")
+    plugins = _installed_plugins() if named is None else set(named.split(","))
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted((plugins | {"kvserve"}) - {""}))
     if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         # vLLM's automatic binding leaves one core idle.
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+
+
+def _installed_plugins() -> set[str]:
+    """Plugins that vLLM loads unasked; it wants those with routes to be named."""
+    return {
+        point.name
+        for group in (
+            DEFAULT_PLUGINS_GROUP,
+            IO_PROCESSOR_PLUGINS_GROUP,
+            PLATFORM_PLUGINS_GROUP,
+            STAT_LOGGER_PLUGINS_GROUP,
+        )
+        for point in entry_points(group=group)
+    }
 
 
 def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def cache_usage(
         requests: vLLM's requests by name, for the lengths of their prompts.
 
     Returns:
-        Plain numbers and lists, as ``kvserve.metrics.CacheReport`` has them.
+        Plain numbers and lists, of which ``kvserve.report.CacheReport`` is made.
     """
     full, ledger = manager.rule.full, manager.ledger
     by_head = np.zeros((full.num_layers, full.num_kv_heads), dtype=np.int64)
