@@ -6,13 +6,16 @@ from __future__ import annotations
 from importlib.resources import files
 
 from fastapi import APIRouter, HTTPException
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 
 _DIRECTORY = files("kvserve.http") / "dashboard"
 _ASSETS = {
     "dashboard.js": "text/javascript; charset=utf-8",
     "charts.js": "text/javascript; charset=utf-8",
+    "prompt.js": "text/javascript; charset=utf-8",
+    "server.js": "text/javascript; charset=utf-8",
     "dashboard.css": "text/css; charset=utf-8",
+    "format.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
     "vendor/uPlot.iife.min.js": "text/javascript; charset=utf-8",
     "vendor/uPlot.min.css": "text/css; charset=utf-8",
@@ -46,6 +49,8 @@ def page() -> Response:
 @router.get("/dashboard/{name:path}")
 def asset(name: str) -> Response:
     """What the page needs, and nothing else."""
+    if not name:  # its links are relative to the path without a slash at the end
+        return RedirectResponse("../dashboard")
     if name not in _ASSETS:
         raise HTTPException(404, f"The dashboard has no {name}.")
     return _respond(name, _ASSETS[name])
