@@ -216,6 +216,19 @@ class PagePlan:
         held = [plan.pages(tokens) for plan in self.by_rank]
         return max(held) * self.ranks / sum(held)
 
+    def lane_tokens(self, tokens: int) -> IntArray:
+        """Tokens that the last of ``tokens`` tokens sees in each lane.
+
+        Returns:
+            ``[num_layers, num_kv_heads]``.
+        """
+        last = np.array([blocks_of(tokens, self.page_size) - 1])
+        hidden = np.broadcast_to(
+            self.lanes.hidden(last)[..., 0], (self.num_layers, self.num_kv_heads)
+        )
+        seen: IntArray = tokens - hidden * self.page_size
+        return seen
+
     @property
     def full(self) -> PagePlan:
         """The plan of the same model that evicts nothing."""

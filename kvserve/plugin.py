@@ -5,13 +5,18 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Teach vLLM's scheduler about head pages; nothing changes until they are used."""
+    """Teach vLLM's scheduler about head pages; nothing changes until they are used.
+
+    The engine core learns two calls besides, which the HTTP routes make.
+    """
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
+    from kvserve.engine.report import add_utilities
     from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadPagedSpec, HeadPagedManager)
     KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
+    add_utilities()

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
 )
 
+from kvserve.engine.clock import Clock
 from kvserve.engine.device import Device
 
 
@@ -28,6 +29,7 @@ class HeadPagedMetadata(AttentionMetadata):
         page_tables: of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
         slots: where keys and values go, ``[num_layers, tokens * H_kv]``.
         copies: pages to move when a layer is done, ``[num_layers]`` or empty.
+        clock: what choosing and moving cost.
     """
 
     num_actual_tokens: int
@@ -36,6 +38,7 @@ class HeadPagedMetadata(AttentionMetadata):
     page_tables: torch.Tensor | list[torch.Tensor]
     slots: torch.Tensor
     copies: list[tuple[torch.Tensor, torch.Tensor]]
+    clock: Clock
 
 
 class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
@@ -118,7 +121,8 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             self._from_rows(output_rows, output[:tokens], meta.num_decode_tokens)
         if meta.copies and len(meta.copies[this][0]):
             source, target = meta.copies[this]
-            kv_cache[target] = kv_cache[source]
+            with meta.clock.compacting():
+                kv_cache[target] = kv_cache[source]
         self._observe(query[:tokens], kv_cache, meta)
         return output
 

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvserve.engine.attention import HeadPagedAttention, HeadPagedMetadata
+from kvserve.engine.clock import Clock
 from kvserve.engine.device import PAGE_SIZE, CPUDevice, Device
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.rows import RowBuilder
@@ -81,6 +82,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             kv_cache_spec.head_size,
             kv_cache_spec.block_size,
         )
+        self.clock = Clock()
         self.tables, self._rows = self._make_tables(vllm_config)
         self._input_batch: Any = None
 
@@ -133,4 +135,5 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
                 (torch.from_numpy(source), torch.from_numpy(target))
                 for source, target in step.copies
             ],
+            clock=self.clock,
         )

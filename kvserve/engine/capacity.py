@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from kvserve.engine.options import engine_options
 from kvserve.engine.preflight import check_start, page_bytes_of
 from kvserve.engine.serve import add_policy_arguments, choose_policy
-from kvserve.engine.support import rule_of, scratch_of
+from kvserve.engine.support import Rule, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
 from kvserve.units import format_bytes, parse_bytes
@@ -74,6 +74,12 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
+def fits(rule: Rule, tokens: int, pool: int) -> int:
+    """Count the requests of ``tokens`` tokens that ``pool`` pages hold at once."""
+    # All but the last to come have read their prompts.
+    return max((pool - rule.most_pages(tokens)) // rule.pages(tokens) + 1, 0)
+
+
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     ours = rule_of(config)
     full, scratch = ours.full, scratch_of(config, ours)
@@ -91,14 +97,13 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     needless = []
     for length in _lengths(config.model_config.max_model_len):
         held, held_full = ours.pages(length), full.pages(length)
-        # All but the last to come have read their prompts.
-        fits = (pool - ours.most_pages(length)) // held + 1
+        fit = fits(ours, length, pool)
         fits_full = full_pool // held_full
-        gain = fits / fits_full if fits_full else float("inf")
+        gain = fit / fits_full if fits_full else float("inf")
         lines.append(
             f"{length:>8} {format_bytes(held * page):>14} "
             f"{format_bytes(held_full * page):>12} {held / held_full:>7.1%} "
-            f"{fits:>13} {fits_full:>10} {gain:>5.2f}x"
+            f"{fit:>13} {fits_full:>10} {gain:>5.2f}x"
         )
         if fits_full >= max_requests:
             needless.append(length)

@@ -122,14 +122,15 @@ class DensePagedAttention(HeadPagedAttention):
         """Give full heavy lanes' new tokens the slots of those they evict."""
         layer, rows = self._layer_index, meta.heavy[self._layer_index]
         if len(rows):
-            slots[rows] = self._device.lightest_slots(
-                self._cached(meta, rows, mass),
-                mass,
-                self._state.position,
-                meta.positions,
-                meta.safe_from[layer],
-                self._count,
-            )
+            with meta.clock.selecting():
+                slots[rows] = self._device.lightest_slots(
+                    self._cached(meta, rows, mass),
+                    mass,
+                    self._state.position,
+                    meta.positions,
+                    meta.safe_from[layer],
+                    self._count,
+                )
 
     def _cached(
         self, meta: DenseMetadata, rows: torch.Tensor, mass: torch.Tensor
@@ -142,17 +143,18 @@ class DensePagedAttention(HeadPagedAttention):
         self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
     ) -> None:
         dense, mass = cast(DenseMetadata, meta), self._state.mass
-        if mass is not None and len(dense.weighed):
-            decodes = query[: dense.num_decode_tokens]
-            self._device.add_row_attention(
-                decodes.reshape(-1, self._group_size, self.head_size),
-                kv_cache,
-                self._cached(dense, dense.weighed, mass),
-                self.scale,
-                mass,
-            )
-        for reader in dense.readers:
-            self._read_on(query, kv_cache, reader, dense)
+        with dense.clock.selecting():
+            if mass is not None and len(dense.weighed):
+                decodes = query[: dense.num_decode_tokens]
+                self._device.add_row_attention(
+                    decodes.reshape(-1, self._group_size, self.head_size),
+                    kv_cache,
+                    self._cached(dense, dense.weighed, mass),
+                    self.scale,
+                    mass,
+                )
+            for reader in dense.readers:
+                self._read_on(query, kv_cache, reader, dense)
 
     def _read_on(
         self,

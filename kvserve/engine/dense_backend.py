@@ -134,7 +134,8 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         """Move survivors to the front of their requests' page lists."""
         step, self._step = self._step, None
         for request_id, layers in (step.survivors if step else {}).items():
-            self._settle(request_id, layers, self._page_lists.pop(request_id))
+            with self.clock.compacting():
+                self._settle(request_id, layers, self._page_lists.pop(request_id))
 
     def _settle(
         self, request_id: str, layers: list[Survivors], pages: PageArray

@@ -22,6 +22,20 @@ class DensePagedManager(HeadPagedManager):
     def plan_of(self, request_id: str) -> DensePlan:
         return cast(DensePlan, self._plans[request_id])
 
+    def pages_held(self, request_id: str) -> int:
+        held = self.req_to_blocks.get(request_id, ())
+        plan = self.plan_of(request_id)
+        freed = range(plan.kept_entries, plan.prompt_entries)
+        # They are freed all at once, so one of them tells of all.
+        if freed and len(held) > freed.start and held[freed.start].is_null:
+            return len(held) - len(freed)
+        return len(held)
+
+    def reads_prompt(self, request_id: str, tokens: int) -> bool:
+        """Tell whether a request of ``tokens`` tokens holds a full cache for now."""
+        plan = self.plan_of(request_id)
+        return tokens <= plan.prompt_tokens and not plan.is_whole
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,

@@ -53,6 +53,11 @@ class DenseTables(PageTables):
     def plan_of(self, request_id: str) -> DensePlan:
         return self._dense_plans[request_id]
 
+    @property
+    def lane_of_head(self) -> dict[str, IntArray]:
+        """Each head's lane in its layer, of settled requests."""
+        return dict(self._lane_of_head)
+
     def is_settled(self, request_id: str) -> bool:
         return request_id in self._lane_of_head
 

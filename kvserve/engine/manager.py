@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kvserve.dense_plan import DensePlan
 from kvserve.engine.spec import HeadPagedSpec
+from kvserve.ledger import Ledger
 from kvserve.plan import PagePlan
 
 
@@ -34,6 +35,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         self._plan = kv_cache_spec.plan
         self.rule = kv_cache_spec.rule
         self._plans: dict[str, PagePlan | DensePlan] = {}
+        self.ledger = Ledger(self.rule.full)
         # Scratch pages leave the pool for good. This manager is the pool's first
         # caller, so they are blocks 1..K and the worker knows them without a message.
         # The pool is told that it is smaller: usage counts what requests can have.
@@ -51,11 +53,17 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         """Drop a request that will not come back."""
         self._plans.pop(request_id, None)
 
+    def plan_of(self, request_id: str) -> PagePlan | DensePlan:
+        """Return the page plan of a request."""
+        return self._plans[request_id] if self.rule.is_elastic else self._plan
+
+    def pages_held(self, request_id: str) -> int:
+        """Count the pages of a request."""
+        return len(self.req_to_blocks.get(request_id, ()))
+
     def _entries(self, request_id: str, num_tokens: int) -> int:
         """Length of the page list of a request with ``num_tokens`` tokens."""
-        if self.rule.is_elastic:
-            return self._plans[request_id].entries(num_tokens)
-        return self._plan.entries(num_tokens)
+        return self.plan_of(request_id).entries(num_tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -74,13 +82,21 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        self.ledger.tokens[request_id] = num_tokens
         held = self.req_to_blocks[request_id]
         missing = self._entries(request_id, num_tokens) - len(held)
         if missing <= 0:
             return []
         pages = self.block_pool.get_new_blocks(missing)
         held.extend(pages)
+        self.ledger.grown(request_id, self.pages_held(request_id))
         return pages
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        if request_id in self.req_to_blocks:
+            pages = self.pages_held(request_id)
+            self.ledger.close(request_id, self.plan_of(request_id), pages)
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(

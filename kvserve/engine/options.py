@@ -12,10 +12,17 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.plugins import (
+    DEFAULT_PLUGINS_GROUP,
+    IO_PROCESSOR_PLUGINS_GROUP,
+    PLATFORM_PLUGINS_GROUP,
+    STAT_LOGGER_PLUGINS_GROUP,
+)
 
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
@@ -132,9 +139,9 @@ def prepare_environment(options: Mapping[str, Any]) -> None:
     Args:
         options: vLLM engine options by field name; those left out are defaults.
     """
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "kvserve" not in plugins.split(","):
-        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, "kvserve"]))
+    named = os.environ.get("VLLM_PLUGINS")
+    plugins = _installed_plugins() if named is None else set(named.split(","))
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted((plugins | {"kvserve"}) - {""}))
     if current_platform.is_cpu():
         _bind_threads(local_workers(options))
 
@@ -175,6 +182,20 @@ def _binding(workers: int) -> str:
         ",".join(map(str, cores[first:last]))
         for first, last in itertools.pairwise(ends)
     )
+
+
+def _installed_plugins() -> set[str]:
+    """Plugins that vLLM loads unasked; it wants those with routes to be named."""
+    return {
+        point.name
+        for group in (
+            DEFAULT_PLUGINS_GROUP,
+            IO_PROCESSOR_PLUGINS_GROUP,
+            PLATFORM_PLUGINS_GROUP,
+            STAT_LOGGER_PLUGINS_GROUP,
+        )
+        for point in entry_points(group=group)
+    }
 
 
 def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:

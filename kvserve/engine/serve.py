@@ -23,6 +23,7 @@ from kvserve.engine.options import (
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
+from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from policies.head_scores import has_shipped_profile
 from policies.registry import create_policy, parse_arguments
@@ -35,6 +36,7 @@ _EXAMPLES = """examples:
   kvserve serve --policy sink-recent --policy-arg recent=992
   kvserve serve meta-llama/Llama-3.1-8B-Instruct --policy duo.toml
   kvserve serve --policy none                    stock vLLM, to compare
+  kvserve serve --api-key KEY --rate-limit 60/minute --shutdown-timeout 30
 
 Every flag of `vllm serve` works; see --help=all.
 """
@@ -89,8 +91,12 @@ def serve(argv: list[str]) -> int:
         description="Serve a model over the OpenAI API with per-head KV budgets.",
         epilog=_EXAMPLES,
     )
-    add_policy_arguments(make_arg_parser(parser))
+    parser = make_arg_parser(parser)
+    add_policy_arguments(parser)
+    add_http_arguments(parser)
     args = parser.parse_args(argv)
+    HttpSettings.from_args(args)  # refuses flags before anything is loaded
+    args.middleware = [*args.middleware, *MIDDLEWARE]
     args.subparser = "serve"
     _resolve_model(args)
     prepare_environment(vars(args))

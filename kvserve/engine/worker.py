@@ -24,8 +24,10 @@ from kvserve.engine.attention import HeadPagedAttention
 from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
+from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
+from kvserve.engine.usage import WorkerUsage
 
 _STREAMING = "kvserve.engine.backend.HeadPagedBackend"
 _DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
@@ -115,6 +117,12 @@ class HeadPagedCPUWorker(CPUWorker):
         if isinstance(self._builder, DenseMetadataBuilder):
             self._builder.settle()
         return output
+
+    def usage(self) -> WorkerUsage:
+        """Report what only the worker knows; the scheduler process asks for it."""
+        clock, tables = self._builder.clock, self._builder.tables
+        heads = tables.lane_of_head if isinstance(tables, DenseTables) else {}
+        return WorkerUsage(clock.selection, clock.compaction, heads)
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)

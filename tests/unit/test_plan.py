@@ -135,6 +135,14 @@ def test_a_lane_holds_all_that_the_next_query_sees(plan: PagePlan, tokens: int) 
         assert seen <= set(held_positions(plan, *lane, tokens))
 
 
+@given(plans(), st.integers(1, 60))
+def test_lane_tokens_are_what_the_last_token_sees(plan: PagePlan, tokens: int) -> None:
+    found = plan.lane_tokens(tokens)
+    assert found.shape == (plan.num_layers, plan.num_kv_heads)
+    for lane in lanes_of(plan):
+        assert found[lane] == len(visible_positions(plan, *lane, tokens - 1))
+
+
 @given(plans(), st.integers(0, 60))
 def test_a_request_holds_the_pages_of_what_its_lanes_hold(
     plan: PagePlan, tokens: int

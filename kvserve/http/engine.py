@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the routes need of vLLM: the served policy, its plans, calls to the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from kvserve.dense_plan import DenseRule
+from kvserve.engine.capacity import fits
+from kvserve.engine.preflight import page_bytes_of
+from kvserve.engine.settings import PolicySettings
+from kvserve.engine.support import model_shape_of, rule_of, scratch_of
+from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
+from policies.base import Policy
+
+
+class ServedPolicy:
+    """The active policy and what it makes of requests."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        self._policy = PolicySettings.from_config(config).create_policy()
+        self._rule = rule_of(config)
+        self.page_bytes = page_bytes_of(config)
+
+    @property
+    def name(self) -> str:
+        return self._policy.name
+
+    @property
+    def max_tokens(self) -> int:
+        return self._config.model_config.max_model_len
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._policy)
+
+    @property
+    def changed_arguments(self) -> str:
+        """Arguments that are not the defaults, as ``key=value`` with commas."""
+        return ",".join(
+            f"{field.name}={getattr(self._policy, field.name)}"
+            for field in dataclasses.fields(self._policy)
+            if getattr(self._policy, field.name) != field.default
+        )
+
+    def describe(self, context: int) -> PolicyBody:
+        """Describe the policy, with budgets for requests of ``context`` tokens."""
+        model = model_shape_of(self._config)
+        return PolicyBody(
+            policy=self.name,
+            arguments=self.arguments,
+            summary=self._rule.describe(),
+            source=self._policy.paper,
+            capabilities=dataclasses.asdict(self._policy.capabilities),
+            model=Served(
+                **{name: getattr(model, name) for name in Served.model_fields}
+            ),
+            page_tokens=self._rule.page_size,
+            page_bytes=self.page_bytes,
+            scratch_pages=scratch_of(self._config, self._rule),
+            budgets=self._budgets(context),
+            profiles=self._profiles,
+        )
+
+    def plan(self, context: int, pool: int) -> PlanBody:
+        """Work out what a request of ``context`` tokens costs.
+
+        Args:
+            pool: pages that requests can have.
+        """
+        rule = self._rule
+        pages, full = rule.pages(context), rule.full.pages(context)
+        peak = rule.most_pages(context)
+        # A cache that evicts nothing needs no scratch: its pages are requests', too.
+        full_pool = pool + scratch_of(self._config, rule)
+        return PlanBody(
+            context=context,
+            pages=pages,
+            pages_peak=max(peak, pages),
+            pages_full=full,
+            bytes=pages * self.page_bytes,
+            bytes_full=full * self.page_bytes,
+            kept=pages / full,
+            pool_pages=pool,
+            requests_fit=fits(rule, context, pool),
+            requests_fit_full=full_pool // full,
+        )
+
+    def _budgets(self, context: int) -> Budgets:
+        rule = self._rule
+        retained = rule.plan(context).lane_tokens(context).tolist()
+        if isinstance(rule, DenseRule):
+            return Budgets(context=context, rows="lanes", retained=retained)
+        size, stream = rule.page_size, rule.plan(context)
+        return Budgets(
+            context=context,
+            rows="heads",
+            retained=retained,
+            sinks=[[count * size for count in layer] for layer in stream.sinks],
+            recent=[
+                [count * size or None for count in layer] for layer in stream.windows
+            ],
+        )
+
+    @cached_property
+    def _profiles(self) -> list[Profile]:
+        name = model_shape_of(self._config).name
+        return profiles_of(self._policy, name)
+
+
+def profiles_of(policy: Policy, model_name: str) -> list[Profile]:
+    """Say where the files come from that a policy reads.
+
+    A parameter whose text names a file is taken for one.
+    """
+    found = []
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        if policy.capabilities.needs_profile and value is None:
+            value = str(files("policies") / "profiles" / model_name / "retrieval.json")
+        if isinstance(value, str) and Path(value).expanduser().is_file():
+            found.append(_profile(field.name, Path(value).expanduser()))
+    return found
+
+
+def _profile(parameter: str, path: Path) -> Profile:
+    content = path.read_bytes()
+    return Profile(
+        parameter=parameter,
+        path=str(path),
+        sha256=hashlib.sha256(content).hexdigest(),
+        facts=_facts(content),
+    )
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    """Entries of a JSON file that are not lists of numbers."""
+    try:
+        data = json.loads(content)
+    except ValueError:
+        return {}
+    if not isinstance(data, dict) or "format" not in data:
+        return {}
+    return {key: value for key, value in data.items() if not isinstance(value, list)}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint plugin: vLLM calls it while it builds its server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from kvserve.http.dashboard_page import router as dashboard
+from kvserve.http.draining import drain_before_shutdown
+from kvserve.http.engine import ServedPolicy
+from kvserve.http.gateway import Gateway
+from kvserve.http.routes import router
+from kvserve.http.sampler import Sampler
+from kvserve.metrics import KVMetrics
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.tasks import SupportedTask
+
+STOCK = "none"
+
+
+class KVEndpoints:
+    """Adds the routes below ``/v1/kv`` and the page ``/dashboard``."""
+
+    name = "kvserve"
+    required_tasks: ClassVar[tuple[SupportedTask, ...]] = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.state.kvserve = Gateway.from_args(app.state.args)
+        app.include_router(router)
+        app.include_router(dashboard)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: argparse.Namespace
+    ) -> None:
+        """Get to know the engine; it runs by now."""
+        assert engine_client is not None, (
+            "required_tasks leaves engines out that render"
+        )
+        client: Any = engine_client
+        config, gateway = client.vllm_config, state.kvserve
+        sampler = Sampler(
+            client.engine_core.call_utility_all_async, lambda: gateway.draining
+        )
+        if (await sampler.sample()).report.cache is not None:
+            gateway.policy = ServedPolicy(config)
+        gateway.sampler = sampler
+        if config.parallel_config._api_process_rank <= 0:
+            sampler.metrics = _metrics_of(gateway, config)
+            state.kvserve_metrics = asyncio.create_task(sampler.keep_metrics())
+        drain_before_shutdown(client, gateway)
+
+
+def _metrics_of(gateway: Gateway, config: Any) -> KVMetrics:
+    policy = gateway.policy
+    return KVMetrics(
+        policy.name if policy else STOCK,
+        policy.changed_arguments if policy else "",
+        str(config.model_config.served_model_name),
+    )

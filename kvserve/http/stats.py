@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a sample to the body of ``/v1/kv/stats``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvserve.http.gateway import Gateway
+from kvserve.http.models import Bytes, Cache, Pages, Running, Stats
+from kvserve.http.sampler import Sample
+from kvserve.http.traffic import read_traffic
+from kvserve.report import CacheReport
+
+
+def stats_of(gateway: Gateway, sample: Sample) -> Stats:
+    """Say how the server does."""
+    report = sample.report
+    cache = report.cache
+    return Stats(
+        time=sample.time,
+        policy=gateway.policy.name if gateway.policy else "none",
+        running=report.running,
+        waiting=report.waiting,
+        draining=gateway.draining,
+        cache=_cache(cache, sample.evictions_per_second) if cache else None,
+        traffic=read_traffic(),
+    )
+
+
+def _cache(report: CacheReport, evictions_per_second: float) -> Cache:
+    return Cache(
+        pages=Pages(
+            total=report.pages_total,
+            held=report.pages_held,
+            free=report.pages_free,
+            dense_prefill=report.dense_prefill_pages,
+        ),
+        bytes=Bytes(
+            held=report.bytes_held, full=report.bytes_full, saved=report.bytes_saved
+        ),
+        compression_ratio=report.ratio,
+        entries_seen=report.entries_seen,
+        entries_retained=report.retained,
+        retained_by_head=report.entries_retained,
+        entries_evicted=report.entries_evicted,
+        evictions_per_second=evictions_per_second,
+        selection_seconds=report.selection_seconds,
+        compaction_seconds=report.compaction_seconds,
+        requests=[Running(**dataclasses.asdict(one)) for one in report.requests],
+    )

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What engines report of their caches, merged over engines.
+
+An *entry* is what one KV head of one layer keeps of one token. "Full" is what a cache
+that evicts nothing would hold for the same requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+_SUMMED = (
+    "pages_full",
+    "dense_prefill_pages",
+    "entries_seen",
+    "entries_evicted",
+    "selection_seconds",
+    "compaction_seconds",
+)
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """What one running request holds; ``dense_prefill``: a full cache, for now."""
+
+    request_id: str
+    prompt_tokens: int
+    tokens_seen: int
+    entries_retained: int
+    pages_held: int
+    dense_prefill: bool
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What running requests hold under a policy.
+
+    Attributes:
+        pages_total: pages that requests can have.
+        pages_held: pages that they hold.
+        page_bytes: bytes of one page.
+        pages_full: pages that a cache that evicts nothing would hold.
+        dense_prefill_pages: pages of requests that hold a full cache for now.
+        entries_seen: entries that a cache that evicts nothing would hold.
+        entries_retained: entries held, ``[num_layers][num_kv_heads]``.
+        entries_evicted: since the engine started.
+        selection_seconds: spent on choosing what survives since the start.
+        compaction_seconds: spent on moving it.
+    """
+
+    pages_total: int
+    pages_held: int
+    page_bytes: int
+    pages_full: int
+    dense_prefill_pages: int
+    entries_seen: int
+    entries_retained: list[list[int]]
+    entries_evicted: int
+    selection_seconds: float
+    compaction_seconds: float
+    requests: list[RequestReport]
+
+    @classmethod
+    def merge(cls, parts: Sequence[Mapping[str, Any]]) -> CacheReport:
+        """Add up what engines with copies of one model report."""
+        caches = [part["cache"] for part in parts]
+        entries = np.sum([cache["entries_retained"] for cache in caches], axis=0)
+        rows = [row for cache in caches for row in cache["requests"]]
+        return cls(
+            pages_total=sum(part["pages_total"] for part in parts),
+            pages_held=sum(part["pages_total"] - part["pages_free"] for part in parts),
+            page_bytes=caches[0]["page_bytes"],
+            entries_retained=entries.tolist(),
+            requests=[RequestReport(**row) for row in rows],
+            **{name: sum(cache[name] for cache in caches) for name in _SUMMED},
+        )
+
+    @property
+    def pages_free(self) -> int:
+        return self.pages_total - self.pages_held
+
+    @property
+    def bytes_held(self) -> int:
+        return self.pages_held * self.page_bytes
+
+    @property
+    def bytes_full(self) -> int:
+        return self.pages_full * self.page_bytes
+
+    @property
+    def bytes_saved(self) -> int:
+        return self.bytes_full - self.bytes_held
+
+    @property
+    def ratio(self) -> float:
+        """Full over held; 1 when nothing runs."""
+        return self.pages_full / self.pages_held if self.pages_held else 1.0
+
+    @cached_property
+    def retained(self) -> int:
+        """Entries held over all layers and heads."""
+        return sum(map(sum, self.entries_retained))
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The load, and what it holds; ``cache`` is ``None`` for stock vLLM."""
+
+    running: int
+    waiting: int
+    cache: CacheReport | None
+
+    @classmethod
+    def merge(cls, parts: Sequence[Mapping[str, Any]]) -> EngineReport:
+        """Add up the reports of all engines behind one server."""
+        return cls(
+            running=sum(part["running"] for part in parts),
+            waiting=sum(part["waiting"] for part in parts),
+            cache=CacheReport.merge(parts) if parts[0]["cache"] else None,
+        )

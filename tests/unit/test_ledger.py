@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The books of the scheduler process: receipts, peaks and evictions."""
+
+from __future__ import annotations
+
+from kvserve.ledger import Ledger
+from tests.unit.simulator import FULL_LANE, make_plan
+
+PLAN = make_plan(4, [[FULL_LANE, (1, 2)], [(1, 2), (1, 2)]])
+LANES = 4
+
+
+def run(ledger: Ledger, name: str, tokens: int) -> None:
+    """Let a request grow to ``tokens`` tokens, one at a time."""
+    for now in range(1, tokens + 1):
+        ledger.tokens[name] = now
+        ledger.grown(name, PLAN.pages(now))
+
+
+def test_a_receipt_counts_what_was_seen_kept_and_evicted() -> None:
+    ledger = Ledger(PLAN.full)
+    run(ledger, "a", 22)
+    ledger.close("a", PLAN, PLAN.pages(22))
+    (receipt,) = ledger.receipts(())
+    # Bounded lanes see the sink block, block 4, and 2 tokens of block 5.
+    assert receipt.entries_retained == 22 + 3 * (4 + 4 + 2)
+    assert receipt.tokens_seen == 22
+    assert receipt.entries_seen == 22 * LANES
+    assert receipt.entries_evicted == 88 - 52
+    assert receipt.pages_held == receipt.pages_peak == PLAN.pages(22) == 6 + 3 * 3
+    assert receipt.pages_full == 6 * LANES
+    assert not ledger.tokens
+
+
+def test_a_peak_outlives_pages_that_were_given_back() -> None:
+    ledger = Ledger(PLAN.full)
+    ledger.tokens["a"] = 8
+    ledger.grown("a", 100)
+    ledger.close("a", PLAN, 7)
+    (receipt,) = ledger.receipts(())
+    assert (receipt.pages_held, receipt.pages_peak) == (7, 100)
+
+
+def test_a_request_that_never_held_a_page_leaves_no_receipt() -> None:
+    ledger = Ledger(PLAN.full)
+    ledger.close("a", PLAN, 0)
+    assert ledger.receipts(()) == []
+
+
+def test_a_preempted_request_has_a_receipt_only_when_it_ends() -> None:
+    ledger = Ledger(PLAN.full)
+    run(ledger, "a", 22)
+    ledger.close("a", PLAN, PLAN.pages(22))
+    assert ledger.receipts({"a"}) == []
+    run(ledger, "a", 30)
+    assert ledger.receipts(()) == []
+    ledger.close("a", PLAN, PLAN.pages(30))
+    (receipt,) = ledger.receipts(())
+    assert receipt.tokens_seen == 30
+
+
+def test_evictions_of_a_preempted_request_count_each_time() -> None:
+    ledger = Ledger(PLAN.full)
+    run(ledger, "a", 22)
+    assert ledger.evicted(36) == 36
+    ledger.close("a", PLAN, 0)
+    assert ledger.evicted(0) == 36
+    run(ledger, "a", 22)
+    assert ledger.evicted(36) == 72
+
+
+def test_only_the_last_receipts_are_kept_the_newest_first() -> None:
+    ledger = Ledger(PLAN.full, most_receipts=3)
+    for name in "abcde":
+        run(ledger, name, 5)
+        ledger.close(name, PLAN, 0)
+    assert [receipt.request_id for receipt in ledger.receipts(())] == ["e", "d", "c"]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Prometheus metrics, in one process and in several."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvserve.metrics import COUNTERS, GAUGES, KVMetrics
+from kvserve.report import EngineReport
+
+CACHE: dict[str, Any] = {
+    "page_bytes": 8192,
+    "pages_full": 100,
+    "dense_prefill_pages": 4,
+    "entries_seen": 3200,
+    "entries_retained": [[400, 100], [200, 100]],
+    "entries_evicted": 2400,
+    "selection_seconds": 0.5,
+    "compaction_seconds": 0.25,
+    "requests": [
+        {
+            "request_id": "a",
+            "prompt_tokens": 700,
+            "tokens_seen": 800,
+            "entries_retained": 800,
+            "pages_held": 25,
+            "dense_prefill": False,
+        }
+    ],
+}
+PART: dict[str, Any] = {
+    "pages_total": 1000,
+    "pages_free": 975,
+    "running": 1,
+    "waiting": 2,
+    "cache": CACHE,
+}
+
+
+def values(registry: CollectorRegistry) -> dict[str, float]:
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        sample.name: sample.value for family in families for sample in family.samples
+    }
+
+
+def test_every_metric_is_worked_out_from_the_report() -> None:
+    registry = CollectorRegistry()
+    KVMetrics("retrieval", "recent=480", "m", registry).update(
+        EngineReport.merge([PART])
+    )
+    found = values(registry)
+    expected = {
+        "kvserve_policy_info": 1,
+        "kvserve_pages_total": 1000,
+        "kvserve_pages_held": 25,
+        "kvserve_pages_free": 975,
+        "kvserve_kv_bytes_held": 25 * 8192,
+        "kvserve_kv_bytes_full": 100 * 8192,
+        "kvserve_kv_bytes_saved": 75 * 8192,
+        "kvserve_compression_ratio": 4,
+        "kvserve_retained_tokens": 800,
+        "kvserve_seen_tokens": 3200,
+        "kvserve_dense_prefill_pages": 4,
+        "kvserve_evictions_total": 2400,
+        "kvserve_selection_seconds_total": 0.5,
+        "kvserve_compaction_seconds_total": 0.25,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert set(expected) == {"kvserve_policy_info", *GAUGES, *COUNTERS}
+
+
+def test_counters_count_on_from_report_to_report() -> None:
+    registry = CollectorRegistry()
+    metrics = KVMetrics("h2o", "", "m", registry)
+    for evicted in (2400, 2400, 3000):
+        part = {**PART, "cache": {**CACHE, "entries_evicted": evicted}}
+        metrics.update(EngineReport.merge([part]))
+    assert values(registry)["kvserve_evictions_total"] == 3000
+
+
+def test_an_idle_server_has_a_ratio_of_one() -> None:
+    idle = {**CACHE, "pages_full": 0, "requests": []}
+    report = EngineReport.merge([{**PART, "pages_free": 1000, "cache": idle}])
+    assert report.cache is not None
+    assert report.cache.ratio == 1
+
+
+def test_stock_vllm_has_only_the_name_of_its_policy() -> None:
+    registry = CollectorRegistry()
+    KVMetrics("none", "", "m", registry).update(
+        EngineReport.merge([{**PART, "cache": None}])
+    )
+    assert list(values(registry)) == ["kvserve_policy_info"]
+
+
+def test_engines_behind_one_server_are_added_up() -> None:
+    report = EngineReport.merge([PART, PART])
+    assert report.cache is not None
+    assert report.cache.pages_held == 50
+    assert report.cache.entries_retained == [[800, 200], [400, 200]]
+    assert report.cache.entries_evicted == 4800
+    assert report.cache.page_bytes == 8192
+    assert len(report.cache.requests) == 2
+
+
+_WRITER = """
+import sys
+from kvserve.metrics import KVMetrics
+from kvserve.report import EngineReport
+from tests.unit.test_metrics import PART
+if sys.argv[1] == "first":
+    metrics = KVMetrics("retrieval", "", "m")
+    metrics.update(EngineReport.merge([PART]))
+    metrics.update(EngineReport.merge([PART]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_metrics_are_the_same_however_many_processes_answer(
+    tmp_path: Path, processes: int
+) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for kind in ["first", "other", "other"][:processes]:
+        subprocess.run(
+            [sys.executable, "-c", _WRITER, kind], env=environment, check=True
+        )
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    found = values(registry)
+    assert found["kvserve_evictions_total"] == 2400
+    assert found["kvserve_pages_held"] == 25
+    assert found["kvserve_policy_info"] == 1
