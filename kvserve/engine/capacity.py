@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from kvserve.engine.options import engine_options
 from kvserve.engine.preflight import check_start, page_bytes_of
 from kvserve.engine.serve import add_policy_arguments, choose_policy
-from kvserve.engine.support import Rule, rule_of, scratch_of
+from kvserve.engine.support import fits, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
 from kvserve.units import format_bytes, parse_bytes
@@ -72,12 +72,6 @@ def plan(argv: list[str]) -> int:
     config = check_start(options, announce=True)
     print(_report(config, memory, args.max_num_seqs))
     return 0
-
-
-def fits(rule: Rule, tokens: int, pool: int) -> int:
-    """Count the requests of ``tokens`` tokens that ``pool`` pages hold at once."""
-    # All but the last to come have read their prompts.
-    return max((pool - rule.most_pages(tokens)) // rule.pages(tokens) + 1, 0)
 
 
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:

@@ -23,6 +23,7 @@ from kvserve.engine.options import (
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
+from kvserve.http.draining import engine_died
 from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from policies.head_scores import has_shipped_profile
@@ -108,7 +109,8 @@ def serve(argv: list[str]) -> int:
             setattr(args, name, value)
     validate_parsed_serve_args(args)
     ServeSubcommand.cmd(args)
-    return 0
+    # vLLM's server ends in good order even when its engine was killed.
+    return int(engine_died.is_set())
 
 
 def _resolve_model(args: argparse.Namespace) -> None:

@@ -113,6 +113,12 @@ def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     return scratch_pages(rule, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
 
 
+def fits(rule: Rule, tokens: int, pool: int) -> int:
+    """Count the requests of ``tokens`` tokens that ``pool`` pages hold at once."""
+    # All but the last to come have read their prompts.
+    return max((pool - rule.most_pages(tokens)) // rule.pages(tokens) + 1, 0)
+
+
 def check_batch(vllm_config: VllmConfig, rule: Rule) -> None:
     """Refuse steps too short for the last chunk of a dense prefill.
 

@@ -8,6 +8,7 @@ aborted, and to call itself healthy.
 
 from __future__ import annotations
 
+import threading
 import time
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvserve.http.errors import error_response
 from kvserve.http.gateway import Gateway, gateway_of, is_work, path_of
+
+engine_died = threading.Event()
+"""Set when the engine ended without having been told to."""
 
 _RETRY_SECONDS = 5
 _POLL_SECONDS = 0.05
@@ -54,6 +58,10 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     await response(scope, receive, send)
 
 
+def _may_finish(engine_client: Any, gateway: Gateway) -> bool:
+    return gateway.active > 0 and not engine_client.errored
+
+
 def drain_before_shutdown(engine_client: Any, gateway: Gateway) -> None:
     """Let running requests finish before vLLM stops its engine.
 
@@ -63,9 +71,11 @@ def drain_before_shutdown(engine_client: Any, gateway: Gateway) -> None:
     stop = engine_client.shutdown
 
     def shutdown(timeout: float | None = None) -> None:
+        if engine_client.errored and not gateway.draining:
+            engine_died.set()
         gateway.draining = True
         deadline = time.monotonic() + (timeout or 0)
-        while gateway.active and time.monotonic() < deadline:
+        while _may_finish(engine_client, gateway) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         left = None if timeout is None else max(deadline - time.monotonic(), 0)
         stop(timeout=left)

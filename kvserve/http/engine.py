@@ -14,10 +14,9 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from kvserve.dense_plan import DenseRule
-from kvserve.engine.capacity import fits
 from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.support import model_shape_of, rule_of, scratch_of
+from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
 from policies.base import Policy
 

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each middleware around a small application."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from kvserve.errors import UserError
+from kvserve.http import draining
+from kvserve.http.dashboard_page import _ASSETS, _DIRECTORY, router
+from kvserve.http.draining import Draining, drain_before_shutdown
+from kvserve.http.gateway import Gateway
+from kvserve.http.keys import ApiKeys
+from kvserve.http.limits import BodyLimit, RateLimit
+from kvserve.http.receipts import of_request
+from kvserve.http.request_ids import RequestIds
+from kvserve.http.settings import HttpSettings, add_http_arguments
+
+
+def make_app(*flags: str, keys: tuple[str, ...] = ()) -> FastAPI:
+    parser = argparse.ArgumentParser()
+    add_http_arguments(parser)
+    app = FastAPI()
+    args = parser.parse_args([*flags])
+    app.state.args = argparse.Namespace(**vars(args), api_key=list(keys))
+    app.state.kvserve = Gateway.from_args(app.state.args)
+
+    @app.post("/work")
+    async def work(request: Request) -> dict[str, Any]:
+        body = await request.body()
+        return {"bytes": len(body), "id": request.headers.get("X-Request-Id")}
+
+    @app.get("/health")
+    @app.get("/look")
+    async def look() -> str:
+        return "fine"
+
+    @app.websocket("/talk")
+    async def talk(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.close()
+
+    app.include_router(router)
+    return app
+
+
+@pytest.fixture(autouse=True)
+def _no_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+class TestKeys:
+    @pytest.fixture
+    def client(self) -> TestClient:
+        app = make_app(keys=("first", "second"))
+        app.add_middleware(ApiKeys)
+        return TestClient(app)
+
+    @pytest.mark.parametrize("sent", ["", "Bearer", "Bearer wrong", "Basic first"])
+    def test_without_a_key_the_door_stays_shut(
+        self, client: TestClient, sent: str
+    ) -> None:
+        for path in ("/look", "/nowhere", "/docs", "/openapi.json", "/metrics2"):
+            reply = client.get(path, headers={"Authorization": sent})
+            assert reply.status_code == 401
+            assert reply.json()["error"]["type"] == "AuthenticationError"
+            assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert client.post("/health/../look").status_code == 401
+
+    @pytest.mark.parametrize("key", ["first", "second"])
+    def test_each_key_opens_it(self, client: TestClient, key: str) -> None:
+        reply = client.get("/look", headers={"Authorization": f"bearer {key}"})
+        assert reply.status_code == 200
+
+    def test_probes_and_the_page_need_none(self, client: TestClient) -> None:
+        for path in ("/health", "/dashboard", "/dashboard/dashboard.js"):
+            assert client.get(path).status_code == 200
+
+    def test_a_websocket_needs_one(self, client: TestClient) -> None:
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/talk"):
+            pass
+        headers = {"Authorization": "Bearer first"}
+        with client.websocket_connect("/talk", headers=headers):
+            pass
+
+    def test_vllms_environment_variable_sets_a_key(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        app = make_app()
+        app.add_middleware(ApiKeys)
+        assert TestClient(app).get("/look").status_code == 401
+
+
+class TestBodyLimit:
+    @pytest.fixture
+    def client(self) -> TestClient:
+        app = make_app("--max-body-size", "1000")
+        app.add_middleware(BodyLimit)
+        return TestClient(app)
+
+    def test_a_body_of_just_the_limit_passes(self, client: TestClient) -> None:
+        assert client.post("/work", content=b"a" * 1000).json()["bytes"] == 1000
+
+    def test_a_longer_one_is_refused_by_its_header(self, client: TestClient) -> None:
+        reply = client.post("/work", content=b"a" * 1001)
+        assert reply.status_code == 413
+        assert "--max-body-size" in reply.json()["error"]["message"]
+
+    def test_a_longer_one_that_does_not_say_so_is_refused_too(
+        self, client: TestClient
+    ) -> None:
+        def parts() -> Iterator[bytes]:
+            for _ in range(11):
+                yield b"a" * 100
+
+        reply = client.post("/work", content=parts())
+        assert reply.status_code == 413
+
+
+class TestRateLimit:
+    def test_a_key_that_asks_too_often_has_to_wait(self) -> None:
+        app = make_app("--rate-limit", "2/minute", keys=("a", "b"))
+        app.add_middleware(RateLimit)
+        client = TestClient(app)
+        first, second = ({"Authorization": f"Bearer {key}"} for key in "ab")
+        statuses = [client.post("/work", headers=first).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        reply = client.post("/work", headers=first)
+        assert 0 < int(reply.headers["Retry-After"]) <= 60
+        assert reply.json()["error"]["type"] == "RateLimitError"
+        assert client.post("/work", headers=second).status_code == 200
+        assert client.get("/look", headers=first).status_code == 200
+
+    def test_there_is_none_unless_asked_for(self) -> None:
+        app = make_app()
+        app.add_middleware(RateLimit)
+        client = TestClient(app)
+        assert {client.post("/work").status_code for _ in range(50)} == {200}
+
+
+class TestDraining:
+    def test_new_work_is_refused_and_looking_is_not(self) -> None:
+        app = make_app()
+        app.add_middleware(Draining)
+        client = TestClient(app)
+        assert client.get("/health").status_code == 200
+        app.state.kvserve.draining = True
+        for reply in (client.post("/work"), client.get("/health")):
+            assert reply.status_code == 503
+            assert int(reply.headers["Retry-After"]) > 0
+            assert reply.json()["error"]["type"] == "ServiceUnavailableError"
+        assert client.get("/look").status_code == 200
+
+    def test_the_engine_stops_when_the_last_request_is_answered(self) -> None:
+        gateway = Gateway(HttpSettings(1, None, False), active=1)
+        stopped: list[float | None] = []
+        engine = SimpleNamespace(
+            errored=False, shutdown=lambda timeout=None: stopped.append(timeout)
+        )
+        drain_before_shutdown(engine, gateway)
+        thread = threading.Thread(target=engine.shutdown, kwargs={"timeout": 30})
+        thread.start()
+        time.sleep(0.3)
+        assert gateway.draining
+        assert not stopped
+        gateway.active = 0
+        thread.join(timeout=5)
+        assert 25 < (stopped[0] or 0) < 30
+
+    def test_it_does_not_wait_longer_than_it_may(self) -> None:
+        gateway = Gateway(HttpSettings(1, None, False), active=1)
+        stopped: list[float | None] = []
+        engine = SimpleNamespace(
+            errored=False, shutdown=lambda timeout=None: stopped.append(timeout)
+        )
+        drain_before_shutdown(engine, gateway)
+        engine.shutdown(timeout=0)
+        engine.shutdown()
+        assert stopped == [0, None]
+
+    def test_an_engine_that_died_is_remembered(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(draining, "engine_died", threading.Event())
+        gateway = Gateway(HttpSettings(1, None, False), active=1)
+        stopped: list[float | None] = []
+        engine = SimpleNamespace(
+            errored=True, shutdown=lambda timeout=None: stopped.append(timeout)
+        )
+        drain_before_shutdown(engine, gateway)
+        engine.shutdown(timeout=30)
+        assert draining.engine_died.is_set()
+        assert stopped  # without waiting for a request that cannot end
+
+
+class TestRequestIds:
+    @pytest.fixture
+    def client(self) -> TestClient:
+        app = make_app()
+        app.add_middleware(RequestIds)
+        return TestClient(app)
+
+    def test_a_plain_id_goes_all_the_way(self, client: TestClient) -> None:
+        reply = client.post("/work", headers={"X-Request-Id": "order-66:a.b_c"})
+        assert reply.headers["X-Request-Id"] == reply.json()["id"] == "order-66:a.b_c"
+
+    @pytest.mark.parametrize("sent", ["", "a b", "a/b", "x" * 129, "ü"])
+    def test_any_other_is_replaced(self, client: TestClient, sent: str) -> None:
+        reply = client.post("/work", headers={"X-Request-Id": sent.encode()})
+        assert reply.headers["X-Request-Id"] == reply.json()["id"]
+        assert reply.json()["id"] not in ("", sent)
+
+
+def test_receipts_are_matched_by_whole_names() -> None:
+    numbers = dict.fromkeys(
+        (
+            "tokens_seen",
+            "entries_seen",
+            "entries_retained",
+            "entries_evicted",
+            "pages_held",
+            "pages_peak",
+            "pages_full",
+        ),
+        1,
+    )
+    names = ["chatcmpl-ab-0123abcd", "0_chatcmpl-ab-89abcdef", "cmpl-ab-1-0123abcd"]
+    others = ["chatcmpl-xab-0123abcd", "chatcmpl-abx-0123abcd", "chatcmpl-a-b-0123abcd"]
+    receipts = [
+        {"request_id": name, "finished": float(at), **numbers}
+        for at, name in enumerate([*names, *others])
+    ]
+    found = of_request(receipts, "ab")
+    assert found is not None
+    assert [one.request_id for one in found.sequences] == names
+    assert (found.finished, found.tokens_seen) == (2, 3)
+    by_reply = of_request(receipts, "chatcmpl-ab")
+    assert by_reply is not None
+    assert [one.request_id for one in by_reply.sequences] == names[:2]
+    assert of_request(receipts, ".*") is None
+
+
+class TestPage:
+    @pytest.fixture
+    def client(self) -> TestClient:
+        return TestClient(make_app())
+
+    def test_every_asset_is_there_and_guarded(self, client: TestClient) -> None:
+        for path in ("", *(f"/{name}" for name in _ASSETS)):
+            reply = client.get(f"/dashboard{path}")
+            assert reply.status_code == 200
+            assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
+            assert reply.headers["X-Content-Type-Options"] == "nosniff"
+
+    def test_nothing_else_is_served(self, client: TestClient) -> None:
+        for name in ("../routes.py", "%2e%2e/routes.py", "vendor", "index.html2"):
+            assert client.get(f"/dashboard/{name}").status_code == 404
+
+    def test_a_slash_at_the_end_leads_to_the_page(self, client: TestClient) -> None:
+        assert client.get("/dashboard/").url.path == "/dashboard"
+
+    def test_vendored_files_are_those_of_the_checksums(self) -> None:
+        import hashlib
+
+        vendor = Path(str(_DIRECTORY)) / "vendor"
+        lines = (vendor / "SHA256SUMS").read_text().splitlines()
+        assert len(lines) == 2
+        for line in lines:
+            expected, name = line.split()
+            content = (vendor / name).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max-body-size", "big"),
+        ("--rate-limit", "often"),
+        ("--rate-limit", "10/fortnight"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_named(flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} {value}"):
+        make_app(flag, value)
