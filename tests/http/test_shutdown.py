@@ -17,7 +17,7 @@ from tests.http.harness import Server, completion
 
 pytestmark = pytest.mark.engine
 
-RUNNING, TOKENS = 4, 150
+RUNNING, TOKENS = 4, 120
 
 
 class Reader:
@@ -53,11 +53,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "api_servers",
-    [1, pytest.param(2, marks=pytest.mark.slow)],
-    ids="{} processes".format,
-)
+@pytest.mark.parametrize("api_servers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new(
     tmp_path: Path, api_servers: int
 ) -> None:
