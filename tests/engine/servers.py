@@ -67,6 +67,19 @@ def free_port() -> int:
         return port
 
 
+def free_ports(count: int) -> int:
+    """Find the first of ``count`` free ports in a row."""
+    while True:
+        first = free_port()
+        with (
+            contextlib.suppress(OSError, OverflowError),
+            contextlib.ExitStack() as held,
+        ):
+            for port in range(first, first + count):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
 def metric(base: str, name: str) -> dict[str, float]:
     """Read a Prometheus metric of a server, by its engine."""
     with urllib.request.urlopen(f"{base}/metrics", timeout=10) as reply:

@@ -16,7 +16,7 @@ from tests.engine.harness import EngineSlot, random_prompts
 from tests.engine.servers import metric, running_server
 from tests.reference.models import TinyLlama
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TINY = TinyLlama("tiny-gqa-4", 3, 8, 4, head_size=32, hidden_size=128)
 LENGTHS = [64, 333, 700, 90, 129, 401, 257, 310]
@@ -24,8 +24,6 @@ STEPS = 48
 POLICIES: dict[str, dict[str, Any]] = {
     "retrieval": {"full_ratio": 0.4, "recent": 96},
     "h2o": {"heavy": 40, "recent": 48},
-    "moa": {},
-    "heterogeneous": {"budget": 0.5, "sinks": 8, "recent": 40},
 }
 
 
@@ -38,11 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     ("flag", "policy"),
     [
         ("--data-parallel-size", "retrieval"),
-        pytest.param("--data-parallel-size", "h2o", marks=pytest.mark.slow),
-        pytest.param("--data-parallel-size", "moa", marks=pytest.mark.slow),
-        pytest.param("--data-parallel-size", "heterogeneous", marks=pytest.mark.slow),
-        pytest.param("--tensor-parallel-size", "retrieval", marks=pytest.mark.slow),
-        pytest.param("--tensor-parallel-size", "h2o", marks=pytest.mark.slow),
+        ("--data-parallel-size", "h2o"),
+        ("--tensor-parallel-size", "retrieval"),
     ],
 )
 def test_two_of_them_answer_as_one_does(
