@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed-$(DEVICE)
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress plan clean
+.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress plan loadtest dashboard clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,16 @@ bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .v
 	  $(BIN)/uv pip install -q --no-deps -p .venv-kvpress/bin/python -r -
 	$(BIN)/python benchmarks/quality_vs_kvpress.py
 
+loadtest: $(STAMP)  ## Load a server (URL=..., or its own) with guidellm: loadtest.html
+	test -x .venv-load/bin/python || $(PYTHON) -m venv .venv-load
+	.venv-load/bin/python -m pip install -q --no-deps torch==2.13.0+cpu 2>/dev/null || \
+	  $(BIN)/uv pip install -q --no-deps -p .venv-load/bin/python --torch-backend cpu torch==2.13.0
+	$(BIN)/uv pip install -q --no-deps -p .venv-load/bin/python -r requirements/load.txt
+	$(BIN)/python scripts/loadtest.py $(if $(URL),--url $(URL)) $(LOADTEST_ARGS)
+
+dashboard: $(STAMP)  ## Write the Grafana dashboard anew from its code
+	$(BIN)/python deploy/grafana/dashboard.py
+
 lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	for device in cpu gpu; do \
 	  $(BIN)/uv pip compile -q pyproject.toml --extra $$device --extra dev --extra deploy \
@@ -69,4 +79,4 @@ lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	    -o requirements/$$device.lock; done
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-load .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -163,6 +163,11 @@ def _check(args: argparse.Namespace, server_flags: list[str]) -> None:
     if args.url and args.model:
         raise UserError("--url: serves the model it serves; leave the model out")
     parse_bytes(args.kv_memory, "--kv-memory")
+    for name in ("image", "json", "write_workload"):
+        path = getattr(args, name)
+        if path and not path.absolute().parent.is_dir():
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {path}: no such folder: {path.parent}")
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:

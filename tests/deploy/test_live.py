@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kvserve.bench.server import running_server
+from kvserve.errors import UserError
 from tests.deploy.conftest import find_tool
 from tests.deploy.observed import Prometheus, running_prometheus
 from tests.deploy.test_grafana import queries
@@ -121,3 +122,11 @@ def test_bench_measures_what_prometheus_saw(observed: Observed) -> None:
     assert 0 < run["ttft"]["p50"] <= run["ttft"]["p99"]
     assert 0 < run["itl"]["p50"] <= run["itl"]["p99"]
     assert "| output tok/s |" in observed.report
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="no-such-policy"),
+        running_server(["--policy", "no-such-policy"], tmp_path / "log"),
+    ):
+        pass
