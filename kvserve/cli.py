@@ -22,6 +22,7 @@ commands:
   policies   list the cache policies, their parameters and what each needs
   plan       show KV bytes a request and requests a pool, without loading weights
   profile    measure a model's heads (kvserve profile retrieval MODEL)
+  eval       measure what policies lose, and find the budget a model can bear
 
 `kvserve COMMAND --help` shows examples.
 """
@@ -74,6 +75,18 @@ def _profile(argv: list[str]) -> int:
     return run(parser.parse_args(argv))
 
 
+def _eval(argv: list[str]) -> int:
+    # Pages are counted in the scheduler, which therefore runs in this process; and a
+    # progress bar should not drown in vLLM's start-up log.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvserve.evaluation.command import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="kvserve eval")
+    add_arguments(parser)
+    return run(parser.parse_args(argv), argv)
+
+
 def _policies(argv: list[str]) -> int:
     from policies.registry import available_policies
 
@@ -110,6 +123,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "policies": _policies,
     "plan": _plan,
     "profile": _profile,
+    "eval": _eval,
 }
 
 if __name__ == "__main__":
