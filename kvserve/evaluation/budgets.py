@@ -10,8 +10,11 @@ rounded down to whole pages, so that no policy gets more than its share.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from kvserve.errors import UserError
@@ -58,7 +61,7 @@ class Budget:
             raise _bad_budget(text) from None
         if value <= 1:
             return cls._of_share(value)
-        if value != int(value):
+        if not math.isfinite(value) or value != int(value):
             raise _bad_budget(text)
         return cls(tokens=int(value))
 
@@ -134,9 +137,10 @@ class PolicySpec:
         if self.budget is not None:
             share = self.budget.share_of(length)
             try:
-                translated = arguments_for(self.rule, share, length, model)
+                translated = arguments_for(self.rule, share, length, model, arguments)
             except UserError as error:
-                raise UserError(f"--policy {self.text}: {error}") from None
+                message = str(error).removeprefix(f"--policy {self.rule}: ")
+                raise UserError(f"--policy {self.text}: {message}") from None
             arguments = translated | arguments
         shape = dataclasses.replace(model, max_tokens=max(length, 1))
         _check(create_policy(self.name, arguments), shape, length)
@@ -144,7 +148,11 @@ class PolicySpec:
 
 
 def arguments_for(
-    policy: str, share: float, length: int, model: ModelShape
+    policy: str,
+    share: float,
+    length: int,
+    model: ModelShape,
+    own: Mapping[str, Any] = MappingProxyType({}),
 ) -> Arguments:
     """Parameters by which a policy keeps ``share`` of a request, as ``RULES`` says.
 
@@ -152,6 +160,7 @@ def arguments_for(
 
     Args:
         length: tokens of the request, prompt and reply.
+        own: parameters that were given besides, such as a plan's file.
 
     Raises:
         UserError: the policy has no such budget.
@@ -170,7 +179,7 @@ def arguments_for(
         case "heterogeneous":
             return {"budget": share}
         case "moa":
-            return _moa(share, length, model)
+            return _moa(share, length, model, own)
         case "sharded":
             return _sharded(share, length)
         case _:
@@ -214,7 +223,9 @@ def _retrieval(share: float, length: int, heads: int) -> Arguments:
     return {"full_ratio": round(full / heads, 4), "sinks": SINKS, "recent": recent}
 
 
-def _moa(share: float, length: int, model: ModelShape) -> Arguments:
+def _moa(
+    share: float, length: int, model: ModelShape, own: Mapping[str, Any]
+) -> Arguments:
     """Choose the plan of this budget, or make the default plan's spans shorter.
 
     MoA's spans follow from a length, which ``length`` sets: that of a shorter request
@@ -223,11 +234,12 @@ def _moa(share: float, length: int, model: ModelShape) -> Arguments:
     shape = dataclasses.replace(model, max_tokens=length)
     exact: Arguments = {"budget": share}
     try:
-        _check(create_policy("moa", exact), shape, length)
+        _check(create_policy("moa", {**own, **exact}), shape, length)
     except UserError as error:
         for made_for in range(length // LEAST * LEAST, 2 * LEAST - 1, -LEAST):
             arguments = {"length": made_for}
-            if _kept_share(create_policy("moa", arguments), shape, length) <= share:
+            policy = create_policy("moa", {**own, **arguments})
+            if _kept_share(policy, shape, length) <= share:
                 return arguments
         raise UserError(str(error)) from None
     return exact

@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from kvserve.evaluation.runner import REFERENCE
+from kvserve.evaluation.store import Cell
 from kvserve.evaluation.summary import Line, Summary
 
 _INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -23,8 +25,9 @@ _COLOURS = (
 )
 _MARKERS = "oDs^vPX*<>"
 _BAD, _MIDDLE, _GOOD = "#b3392f", "#f6ead0", "#11756c"
-_SCALE = LinearSegmentedColormap.from_list("score", [_BAD, _MIDDLE, _GOOD])
-_SCALE.set_bad("#eef0f2")
+_SCALE = LinearSegmentedColormap.from_list(
+    "score", [_BAD, _MIDDLE, _GOOD]
+).with_extremes(bad="#eef0f2")
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -164,7 +167,8 @@ def _labels(axis: Any, lines: list[Line], styles: dict[str, Any]) -> None:
     for line in sorted(lines, key=lambda one: (-one.score, one.memory.held)):  # type: ignore[union-attr]
         assert line.memory is not None
         x, y = line.memory.held, line.score
-        width, height = 0.0165 * len(line.policy) + 0.01, 0.06
+        name = _short(line.policy)
+        width, height = 0.0165 * len(name) + 0.01, 0.06
         for right, drop in _PLACES:
             left = x + 0.025 if right else x - 0.025 - width
             bottom = y + drop - height / 2
@@ -174,10 +178,11 @@ def _labels(axis: Any, lines: list[Line], styles: dict[str, Any]) -> None:
                 break
         taken.append(box)
         axis.annotate(
-            line.policy,
+            name,
             (x, y),
             (left, bottom + height / 2),
-            fontsize=7.8,
+            fontsize=8.2,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
             va="center",
             color=styles[line.policy][0],
             zorder=5,
@@ -231,23 +236,24 @@ def _heat(summary: Summary, task: str) -> Figure:
 
 def _heat_panel(axis: Any, summary: Summary, policy: str, task: str) -> Any:
     lengths = _lengths(summary, policy, task)
-    table = np.full((_BINS, len(lengths)), np.nan)
+    bins = min(_BINS, *(len(set(cell.depths)) for cell in _of_task(summary, task)))
+    table = np.full((bins, len(lengths)), np.nan)
     for column, length in enumerate(lengths):
         cell = summary.cell(policy, task, length)
         assert cell is not None
         by_bin: dict[int, list[float]] = {}
         for depth, score in zip(cell.depths, cell.scores, strict=True):
             if depth is not None:
-                by_bin.setdefault(min(int(depth * _BINS), _BINS - 1), []).append(score)
+                by_bin.setdefault(min(int(depth * bins), bins - 1), []).append(score)
         for row, scores in by_bin.items():
             table[row, column] = sum(scores) / len(scores)
     image = axis.imshow(table, cmap=_SCALE, vmin=0, vmax=1, aspect="auto")
     _quiet(axis)
-    axis.set_title(policy, fontsize=9)
+    axis.set_title(_short(policy), fontsize=9)
     axis.set_xticks(range(len(lengths)), lengths)
-    axis.set_yticks([-0.5, _BINS / 2 - 0.5, _BINS - 0.5], ["start", "middle", "end"])
+    axis.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["start", "middle", "end"])
     axis.set_xticks(np.arange(-0.5, len(lengths)), minor=True)
-    axis.set_yticks(np.arange(-0.5, _BINS), minor=True)
+    axis.set_yticks(np.arange(-0.5, bins), minor=True)
     axis.grid(which="minor", color="white", linewidth=2)
     axis.tick_params(which="both", length=0)
     return image
@@ -326,19 +332,20 @@ def _goodness(line: Line) -> float:
 def _with_memory(summary: Summary, policy: str, length: int) -> str:
     line = summary.line(policy, "all", length)
     if line is None or line.memory is None:
-        return policy
-    return f"{policy}   {line.memory.held:.0%}"
+        return _short(policy)
+    return f"{_short(policy)}   KV {line.memory.held:.0%}"
 
 
 def _with_depth(summary: Summary) -> list[str]:
     return [
         task
         for task in summary.tasks
-        if any(
-            cell.task == task and any(depth is not None for depth in cell.depths)
-            for cell in summary.cells
-        )
+        if any(cell.depths[0] is not None for cell in _of_task(summary, task))
     ]
+
+
+def _of_task(summary: Summary, task: str) -> list[Cell]:
+    return [cell for cell in summary.cells if cell.task == task]
 
 
 def _lengths(summary: Summary, policy: str, task: str) -> list[int]:
@@ -357,6 +364,11 @@ def _busiest(summary: Summary) -> int:
 
 def _answers(summary: Summary) -> bool:
     return any(line.kind == "answers" for line in summary.overall)
+
+
+def _short(policy: str) -> str:
+    """A policy's name where there is little room."""
+    return policy.replace(":budget=", " ")
 
 
 def _family(policy: str) -> str:

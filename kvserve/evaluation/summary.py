@@ -167,7 +167,7 @@ class Summary:
 
     def _mean(self, policy: str, length: int, cells: list[Cell]) -> Line:
         scores = [score for cell in cells for score in cell.scores]
-        low, high = interval(scores)
+        low, high = _interval(cells[0].kind, scores)
         full = [self._full.get((cell.task, length)) for cell in cells]
         theirs = [score for cell in full if cell for score in cell.scores]
         complete = all(full) and sum(theirs) > 0
@@ -187,7 +187,12 @@ class Summary:
 
 
 def _score(cell: Cell) -> tuple[float, tuple[float, float]]:
-    if cell.kind != "perplexity":
-        return fmean(cell.scores), interval(cell.scores)
-    low, high = bootstrap(cell.scores)
-    return math.exp(fmean(cell.scores)), (math.exp(low), math.exp(high))
+    mean, (low, high) = fmean(cell.scores), _interval(cell.kind, cell.scores)
+    if cell.kind == "perplexity":
+        return math.exp(mean), (math.exp(low), math.exp(high))
+    return mean, (low, high)
+
+
+def _interval(kind: str, scores: list[float]) -> tuple[float, float]:
+    """Only answers are right or wrong; 1.0 of agreement is a share of many steps."""
+    return interval(scores) if kind == "answers" else bootstrap(scores)
