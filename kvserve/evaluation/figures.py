@@ -254,6 +254,8 @@ def _heat_panel(axis: Any, summary: Summary, policy: str, task: str) -> Any:
     axis.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["start", "middle", "end"])
     axis.set_xticks(np.arange(-0.5, len(lengths)), minor=True)
     axis.set_yticks(np.arange(-0.5, bins), minor=True)
+    # A label in the middle would take the line between cells with it.
+    axis.yaxis.remove_overlapping_locs = False
     axis.grid(which="minor", color="white", linewidth=2)
     axis.tick_params(which="both", length=0)
     return image

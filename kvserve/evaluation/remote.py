@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from kvserve.evaluation.backend import (
     AT_ONCE,
     FORCED_PROCESSOR,
     FORCED_TOKENS,
+    Pages,
     Reply,
     Request,
     generated_text,
@@ -23,6 +25,7 @@ from kvserve.evaluation.backend import (
 from kvserve.evaluation.model import EvaluatedModel
 
 _PATIENCE = httpx.Timeout(600, connect=10)
+_RECEIPT_TRIES, _RECEIPT_SECONDS = 10, 0.2
 _SENTENCE = "The quick brown fox jumps over 13 lazy dogs, doesn't it? Ünïcode: 東京."
 
 
@@ -72,12 +75,22 @@ class Server:
                 f"{model.name}; name the served model: `kvserve eval MODEL --url ...`"
             )
 
+    def page_bytes(self) -> int | None:
+        """Bytes of a page of its KV pool; ``None`` if the server has no such books."""
+        plan = _ask(self.url, "/v1/kv/plan?context=32")
+        return None if plan is None else int(plan["bytes"]) // int(plan["pages"])
+
 
 class ServerBackend:
-    """Sends token ids, a few requests at a time. Servers do not tell pages held."""
+    """Sends token ids, a few requests at a time.
+
+    A server of kvserve gives a receipt of each request: the pages that it held. Stock
+    vLLM gives none, and then memory is not told.
+    """
 
     def __init__(self, server: Server, tokenizer: Any) -> None:
         self._server, self._tokenizer = server, tokenizer
+        self._page_bytes = server.page_bytes()
 
     def run(
         self, requests: Sequence[Request], done: Callable[[Request], None]
@@ -86,10 +99,9 @@ class ServerBackend:
 
         def one(request: Request) -> Reply:
             body = _body(self._server.model, request)
-            (choice,) = _call(self._server.url, "POST", "/v1/completions", body)[
-                "choices"
-            ]
-            return self._reply(request, choice)
+            answer = _call(self._server.url, "POST", "/v1/completions", body)
+            (choice,) = answer["choices"]
+            return self._reply(request, choice, self._pages(answer["id"]))
 
         replies = []
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -104,7 +116,25 @@ class ServerBackend:
                 raise
         return replies
 
-    def _reply(self, request: Request, choice: dict[str, Any]) -> Reply:
+    def _pages(self, request_id: str) -> Pages | None:
+        """Read the receipt of a request, which is written as its pages are freed."""
+        if self._page_bytes is None:
+            return None
+        for _ in range(_RECEIPT_TRIES):
+            found = _ask(self._server.url, f"/v1/kv/receipts/{request_id}")
+            if found is not None:
+                return Pages(
+                    found["pages_held"],
+                    found["pages_peak"],
+                    found["pages_full"],
+                    self._page_bytes,
+                )
+            time.sleep(_RECEIPT_SECONDS)
+        return None
+
+    def _reply(
+        self, request: Request, choice: dict[str, Any], pages: Pages | None
+    ) -> Reply:
         token_ids: list[int] = choice["token_ids"]
         if token_ids[: len(request.forced)] != request.forced:
             raise UserError(
@@ -121,6 +151,7 @@ class ServerBackend:
                 _likeliest(top, request.top or 0)
                 for top in logprobs.get("top_logprobs") or []
             ],
+            pages,
         )
 
     def close(self) -> None:
@@ -156,13 +187,25 @@ def _likeliest(top: dict[str, float] | None, count: int) -> dict[int, float]:
     return dict(ranked)
 
 
+def _ask(url: str, path: str) -> dict[str, Any] | None:
+    """Read what a server may or may not have: ``None`` is 404."""
+    reply = _send(url, "GET", path)
+    return None if reply.status_code == 404 else _read(url, path, reply)
+
+
 def _call(
     url: str, method: str, path: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    return _read(url, path, _send(url, method, path, body))
+
+
+def _send(
+    url: str, method: str, path: str, body: dict[str, Any] | None = None
+) -> httpx.Response:
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = httpx.request(
+        return httpx.request(
             method, url + path, json=body, headers=headers, timeout=_PATIENCE
         )
     except httpx.HTTPError as error:
@@ -170,6 +213,9 @@ def _call(
             f"--url {url}: no server answers ({error}); start one with `kvserve "
             "serve`, or check the address"
         ) from None
+
+
+def _read(url: str, path: str, reply: httpx.Response) -> dict[str, Any]:
     if reply.is_error:
         said = " ".join(reply.text.split())[:200]
         raise UserError(f"--url {url}: {path} said {reply.status_code}: {said}")

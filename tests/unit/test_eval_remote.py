@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvserve.errors import UserError
-from kvserve.evaluation.backend import FORCED_TOKENS, Request
+from kvserve.evaluation.backend import FORCED_TOKENS, Pages, Request
 from kvserve.evaluation.contenders import ServerContender
 from kvserve.evaluation.model import EvaluatedModel
 from policies.base import ModelShape
@@ -27,6 +27,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.tokenizer = byte_tokenizer()
         self.says, self.obeys, self.status = "yes\nno", True, 200
+        self.has_books = False
         self.bodies: list[dict[str, Any]] = []
 
     @property
@@ -46,14 +47,29 @@ class FakeServer(ThreadingHTTPServer):
                 "token_logprobs": [-0.5] * len(token_ids),
                 "top_logprobs": tops,
             }
-        return {"choices": [choice]}
+        return {"id": f"cmpl-{len(self.bodies)}", "choices": [choice]}
+
+    def books(self, path: str) -> dict[str, Any] | None:
+        """What a server of kvserve says of its pool; stock vLLM has no such routes."""
+        if not self.has_books:
+            return None
+        if path.startswith("/v1/kv/plan"):
+            return {"pages": 90, "bytes": 90 * 8192}
+        if path.startswith("/v1/kv/receipts/cmpl-"):
+            return {"pages_held": 30, "pages_peak": 60, "pages_full": 120}
+        return None
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        self._answer({"data": [{"id": "model", "max_model_len": 512}]})
+        if self.path == "/v1/models":
+            self._answer({"data": [{"id": "model", "max_model_len": 512}]})
+        elif found := self.server.books(self.path):
+            self._answer(found)
+        else:
+            self._answer({"error": "no such thing"}, status=404)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -63,9 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         return self._answer(self.server.completion(body))
 
-    def _answer(self, values: dict[str, Any]) -> None:
+    def _answer(self, values: dict[str, Any], status: int | None = None) -> None:
         data = json.dumps(values).encode()
-        self.send_response(self.server.status)
+        self.send_response(status or self.server.status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -138,6 +154,17 @@ def test_log_probabilities_are_read_by_token_id(server: FakeServer) -> None:
     assert math.isclose(sum(reply.chosen), -1)
 
 
+def test_memory_is_what_receipts_of_the_server_say(server: FakeServer) -> None:
+    server.has_books = True
+    (reply,) = run(server, Request([1], reply=1))
+    assert reply.pages == Pages(held=30, peak=60, full=120, page_bytes=8192)
+
+
+def test_a_server_without_receipts_tells_no_memory(server: FakeServer) -> None:
+    (reply,) = run(server, Request([1], reply=1))
+    assert reply.pages is None
+
+
 def test_a_server_that_does_not_force_tokens_is_told_how(server: FakeServer) -> None:
     server.obeys = False
     with pytest.raises(UserError, match="--logits-processors kvserve"):
@@ -145,10 +172,10 @@ def test_a_server_that_does_not_force_tokens_is_told_how(server: FakeServer) -> 
 
 
 def test_an_error_of_the_server_is_one_line(server: FakeServer) -> None:
-    contender = reach(server)
+    backend = reach(server).open({})
     server.status = 500
     with pytest.raises(UserError, match="/v1/completions said 500") as raised:
-        contender.open({}).run([Request([1], reply=1)], lambda _: None)
+        backend.run([Request([1], reply=1)], lambda _: None)
     assert "\n" not in str(raised.value)
 
 
