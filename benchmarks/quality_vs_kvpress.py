@@ -36,74 +36,13 @@ from needles import (
     replies,
 )
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from kvserve import UserError
+from kvserve.evaluation.budgets import RULES, Arguments, arguments_for
+from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
 from policies.base import ModelShape
 from policies.head_scores import load_head_scores
-
-PAGE = 32
-SINKS = 32
-LEAST = 64
-BLOCK = 64
-Arguments = dict[str, Any]
-
-
-# How a policy gets a share ``s`` of the entries of ``N`` tokens, for the table.
-RULES = {
-    "full": "",
-    "sink-recent": f"sinks={SINKS}, recent=s·N-{SINKS}",
-    "retrieval": f"full_ratio=0.2, less where others would keep fewer than {LEAST} "
-    f"recent tokens; sinks={SINKS}, recent fills",
-    "snapkv": "capacity=s·N",
-    "h2o": "heavy_ratio=recent_ratio=s/2",
-    "heterogeneous": "budget=s",
-    "moa": "budget=s",
-    "sharded": "stride=2/s, local_blocks fill; model not trained for it",
-}
-
-
-def arguments_for(policy: str, share: float, length: int, heads: int) -> Arguments:
-    """Parameters by which a policy keeps ``share`` of a prompt, as ``RULES`` says.
-
-    ``heads`` counts the model's KV heads, all layers together. All that is not here is
-    as the policy ships it.
-    """
-    match policy:
-        case "sink-recent":
-            return {"sinks": SINKS, "recent": whole(share * length) - SINKS}
-        case "retrieval":
-            return retrieval(share, length, heads)
-        case "snapkv":
-            return {"capacity": whole(share * length)}
-        case "h2o":
-            return {"heavy_ratio": share / 2, "recent_ratio": share / 2}
-        case "heterogeneous" | "moa":
-            return {"budget": share}
-        case "sharded":
-            stride = round(2 / share)
-            local = (share - 1 / stride) / (1 - 1 / stride) * length
-            blocks = whole(local, BLOCK) // BLOCK
-            return {"stride": stride, "local_blocks": blocks, "insist": True}
-        case _:
-            return {}
-
-
-def whole(tokens: float, unit: int = PAGE) -> int:
-    """Round down to whole pages, so that no policy gets more than its share."""
-    return max(int(tokens / unit), 1) * unit
-
-
-def retrieval(share: float, length: int, heads: int) -> Arguments:
-    """Keep a fifth of the heads full, or as many as leave the others a window."""
-    for full in range(round(0.2 * heads), -1, -1):
-        rest = (share * heads - full) * length / (heads - full)
-        if rest >= SINKS + LEAST:
-            break
-    recent = whole(rest - SINKS)
-    return {"full_ratio": round(full / heads, 4), "sinks": SINKS, "recent": recent}
-
 
 POLICIES = [
     "full",
@@ -161,16 +100,17 @@ def key(cell: dict[str, Any]) -> str:
 
 def plan_cells(args: argparse.Namespace, shape: ModelShape) -> list[dict[str, Any]]:
     """List every cell that was asked for."""
-    heads = shape.num_layers * shape.num_kv_heads
     methods = [("kvpress", method) for method in args.presses]
     methods += [("kvserve", method) for method in args.policies]
     cells = []
     for side, method in methods:
         for share in [1.0] if method in _CONTROLS else args.shares:
             for length in args.lengths:
-                name, own = parse(method)
-                rule = "retrieval" if method == GATED else name
-                arguments = arguments_for(rule, share, length, heads) | own
+                try:
+                    arguments = arguments_of(side, method, share, length, shape)
+                except UserError as error:
+                    print(f"{method}: {error}", file=sys.stderr)
+                    continue
                 cells.append(
                     {
                         "side": side,
@@ -181,6 +121,18 @@ def plan_cells(args: argparse.Namespace, shape: ModelShape) -> list[dict[str, An
                     }
                 )
     return cells
+
+
+def arguments_of(
+    side: str, method: str, share: float, length: int, shape: ModelShape
+) -> Arguments:
+    """Parameters of a method; presses other than the gated one take the share as is."""
+    name, own = parse(method)
+    if method == GATED:
+        name = "retrieval"
+    elif side == "kvpress":
+        return own
+    return arguments_for(name, share, length, shape) | own
 
 
 class Runner:
@@ -290,24 +242,14 @@ def table(cells: list[dict[str, Any]], lengths: list[int]) -> str:
     ]
     for (share, side, method), row in rows.items():
         shown = " | ".join(
-            row[n].get("refused") or f"{row[n]['score']:.2f} ({row[n]['kept']:.0%})"
+            f"{row[n]['score']:.2f} ({row[n]['kept']:.0%})"
+            if "score" in row.get(n, {})
+            else "refused"
             for n in lengths
         )
-        settings = describe(row[lengths[0]])
+        settings = describe(next(iter(row.values())))
         lines.append(f"| {share:.0%} | {side} | {method} | {settings} | {shown} |")
     return "\n".join(lines)
-
-
-def shape_of(model: str) -> ModelShape:
-    """Read the model's shape from its configuration."""
-    config = AutoConfig.from_pretrained(model)
-    return ModelShape(
-        Path(model).name,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
 
 
 def parse_arguments() -> argparse.Namespace:

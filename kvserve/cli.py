@@ -23,6 +23,7 @@ commands:
   plan       show KV bytes a request and requests a pool, without loading weights
   profile    measure a model's heads (kvserve profile retrieval|moa MODEL)
   bench      put a server under load, or compare policies under the same load
+  eval       measure what policies lose, and find the budget a model can bear
 
 `kvserve COMMAND --help` shows examples.
 """
@@ -79,6 +80,18 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _eval(argv: list[str]) -> int:
+    # Pages are counted in the scheduler, which therefore runs in this process; and a
+    # progress bar should not drown in vLLM's start-up log.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvserve.evaluation.command import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="kvserve eval")
+    add_arguments(parser)
+    return run(parser.parse_args(argv), argv)
+
+
 def _policies(argv: list[str]) -> int:
     from policies.registry import available_policies
 
@@ -116,6 +129,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "profile": _profile,
     "bench": _bench,
+    "eval": _eval,
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kvserve.errors import UserError
 
 Book = Literal["northanger_abbey", "persuasion"]
 
-_DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data"
 _MIN_CHARACTERS = 2000
 # A full stop after "Mr" or "Mrs" ends no sentence.
 _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?][\"')]*(?=\s|$)")
@@ -23,10 +23,10 @@ _SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?][\"')]*(?=\s|$)")
 
 def load_book(book: Book) -> str:
     """Return one of the texts that ship, about 27 000 tokens, a paragraph a line."""
-    return (_DATA / f"{book}.txt").read_text(encoding="utf-8")
+    return (DATA / f"{book}.txt").read_text(encoding="utf-8")
 
 
-def load_text(path: Path) -> str:
+def load_text(path: Path, flag: str = "--data") -> str:
     """Read a user's own haystack.
 
     Raises:
@@ -35,11 +35,11 @@ def load_text(path: Path) -> str:
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: cannot be read ({error})") from None
+        raise UserError(f"{flag} {path}: cannot be read ({error})") from None
     if len(text) < _MIN_CHARACTERS or not _SENTENCE_END.search(text):
         raise UserError(
-            f"--data {path}: has {len(text)} characters; give a text of whole "
-            f"sentences and at least {_MIN_CHARACTERS} characters, or leave --data out"
+            f"{flag} {path}: has {len(text)} characters; give a text of whole "
+            f"sentences and at least {_MIN_CHARACTERS} characters, or leave {flag} out"
         )
     return text
 

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to write a budget for every policy: a share of KV entries, or tokens.
+
+``NAME:budget=0.25`` keeps a quarter of the entries of a request, ``NAME:budget=512``
+as many as 512 tokens have in every head. Policies have parameters of their own for it;
+``RULES`` says which, and how they are set for a request of ``N`` tokens. Tokens are
+rounded down to whole pages, so that no policy gets more than its share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from kvserve.errors import UserError
+from policies.base import DensePolicy, HeadBudget, ModelShape, Policy, StreamingPolicy
+from policies.registry import create_policy, parse_arguments
+
+PAGE = 32
+SINKS = 32
+LEAST = 64
+Arguments = dict[str, Any]
+
+RULES = {
+    "full": "",
+    "sink-recent": f"sinks={SINKS}, recent=s·N-{SINKS}",
+    "retrieval": f"full_ratio=0.2, less where others would keep fewer than {LEAST} "
+    f"recent tokens; sinks={SINKS}, recent fills",
+    "snapkv": "capacity=s·N",
+    "h2o": "heavy_ratio=recent_ratio=s/2",
+    "heterogeneous": "budget=s",
+    "moa": "budget=s where the plan has it, else length so that spans are s·N",
+    "sharded": "stride=2/s, local_blocks fill; model not trained for it",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the KV entries of a request, or tokens of every head."""
+
+    share: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``0.25``, ``25%`` or ``512``.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        try:
+            if text.endswith("%"):
+                return cls._of_share(float(text[:-1]) / 100)
+            value = float(text)
+        except ValueError:
+            raise _bad_budget(text) from None
+        if value <= 1:
+            return cls._of_share(value)
+        if not math.isfinite(value) or value != int(value):
+            raise _bad_budget(text)
+        return cls(tokens=int(value))
+
+    @classmethod
+    def _of_share(cls, share: float) -> Budget:
+        if not 0 < share <= 1:
+            raise _bad_budget(str(share))
+        return cls(share=share)
+
+    def share_of(self, length: int) -> float:
+        """The budget as a share of a request of ``length`` tokens."""
+        if self.share is not None:
+            return self.share
+        assert self.tokens is not None
+        return min(self.tokens / length, 1.0)
+
+
+def _bad_budget(text: str) -> UserError:
+    return UserError(
+        f"--policy: budget={text}: give a share of the KV entries such as 0.25 or 25%, "
+        "or tokens such as 512"
+    )
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy as typed: ``NAME`` or ``NAME:key=value,key=value``.
+
+    Attributes:
+        text: as it was typed; names the policy in reports.
+        name: a policy's name, or a TOML file.
+        own: parameters given by their own names, which overrule the budget's.
+        budget: what ``budget=`` said.
+    """
+
+    text: str
+    name: str
+    own: tuple[tuple[str, str], ...] = ()
+    budget: Budget | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> PolicySpec:
+        """Read a policy.
+
+        Raises:
+            UserError: unknown policy, malformed parameters or budget.
+        """
+        name, _, rest = text.partition(":")
+        arguments = parse_arguments([pair for pair in rest.split(",") if pair])
+        budget = arguments.pop("budget", None)
+        create_policy(name, arguments)
+        parsed = Budget.parse(budget) if budget is not None else None
+        return cls(text, name, tuple(arguments.items()), parsed)
+
+    @cached_property
+    def rule(self) -> str:
+        """The name under which ``RULES`` lists the policy: not an alias or a file."""
+        return create_policy(self.name, dict(self.own)).name
+
+    def with_share(self, share: float) -> PolicySpec:
+        """The same policy with another budget."""
+        parts = [*(f"{key}={value}" for key, value in self.own), f"budget={share:g}"]
+        text = f"{self.name}:{','.join(parts)}"
+        return PolicySpec(text, self.name, self.own, Budget(share=share))
+
+    def arguments(self, length: int, model: ModelShape) -> Arguments:
+        """Parameters of the policy for requests of ``length`` tokens.
+
+        Raises:
+            UserError: the policy cannot have this budget, or serve this model.
+        """
+        arguments: Arguments = dict(self.own)
+        if self.budget is not None:
+            share = self.budget.share_of(length)
+            try:
+                translated = arguments_for(self.rule, share, length, model, arguments)
+            except UserError as error:
+                message = str(error).removeprefix(f"--policy {self.rule}: ")
+                raise UserError(f"--policy {self.text}: {message}") from None
+            arguments = translated | arguments
+        shape = dataclasses.replace(model, max_tokens=max(length, 1))
+        _check(create_policy(self.name, arguments), shape, length)
+        return arguments
+
+
+def arguments_for(
+    policy: str,
+    share: float,
+    length: int,
+    model: ModelShape,
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> Arguments:
+    """Parameters by which a policy keeps ``share`` of a request, as ``RULES`` says.
+
+    All that is not here is as the policy ships it.
+
+    Args:
+        length: tokens of the request, prompt and reply.
+        own: parameters that were given besides, such as a plan's file.
+
+    Raises:
+        UserError: the policy has no such budget.
+    """
+    match policy:
+        case "full":
+            return _everything(share)
+        case "sink-recent":
+            return _sink_recent(share, length)
+        case "retrieval":
+            return _retrieval(share, length, model.num_layers * model.num_kv_heads)
+        case "snapkv":
+            return {"capacity": _at_least(LEAST, share, length)}
+        case "h2o":
+            return {"heavy_ratio": share / 2, "recent_ratio": share / 2}
+        case "heterogeneous":
+            return {"budget": share}
+        case "moa":
+            return _moa(share, length, model, own)
+        case "sharded":
+            return _sharded(share, length)
+        case _:
+            return _by_field(policy, share, length)
+
+
+def whole(tokens: float, unit: int = PAGE) -> int:
+    """Round down to whole pages, so that no policy gets more than its share."""
+    return max(int(tokens / unit), 1) * unit
+
+
+def _at_least(least: int, share: float, length: int) -> int:
+    tokens = whole(share * length)
+    if tokens < least:
+        raise UserError(
+            f"{share:.3g} of {length} tokens is less than the {least} tokens that a "
+            "head needs; give a larger budget"
+        )
+    return tokens
+
+
+def _everything(share: float) -> Arguments:
+    if share < 1:
+        raise UserError("it keeps everything and takes no budget; leave budget= out")
+    return {}
+
+
+def _sink_recent(share: float, length: int) -> Arguments:
+    kept = _at_least(SINKS + PAGE, share, length)
+    return {"sinks": SINKS, "recent": kept - SINKS}
+
+
+def _retrieval(share: float, length: int, heads: int) -> Arguments:
+    """Keep a fifth of the heads full, or as many as leave the others a window."""
+    for full in range(round(0.2 * heads), -1, -1):
+        rest = (share * heads - full) * length / (heads - full)
+        if rest >= SINKS + LEAST:
+            break
+    _at_least(SINKS + PAGE, rest / length, length)
+    recent = whole(rest - SINKS)
+    return {"full_ratio": round(full / heads, 4), "sinks": SINKS, "recent": recent}
+
+
+def _moa(
+    share: float, length: int, model: ModelShape, own: Mapping[str, Any]
+) -> Arguments:
+    """Choose the plan of this budget, or make the default plan's spans shorter.
+
+    MoA's spans follow from a length, which ``length`` sets: that of a shorter request
+    gives any smaller budget with the same shares between heads.
+    """
+    shape = dataclasses.replace(model, max_tokens=length)
+    exact: Arguments = {"budget": share}
+    try:
+        _check(create_policy("moa", {**own, **exact}), shape, length)
+    except UserError as error:
+        for made_for in range(length // LEAST * LEAST, 2 * LEAST - 1, -LEAST):
+            arguments = {"length": made_for}
+            policy = create_policy("moa", {**own, **arguments})
+            if _kept_share(policy, shape, length) <= share:
+                return arguments
+        raise UserError(str(error)) from None
+    return exact
+
+
+def _sharded(share: float, length: int) -> Arguments:
+    block = 2 * PAGE
+    stride = min(round(2 / share), 64)
+    local = (share - 1 / stride) / (1 - 1 / stride) * length
+    return {
+        "stride": stride,
+        "local_blocks": whole(local, block) // block,
+        "insist": True,
+    }
+
+
+def _by_field(policy: str, share: float, length: int) -> Arguments:
+    """A policy of another package: by a parameter of a name that tells."""
+    fields = {field.name for field in dataclasses.fields(create_policy(policy))}
+    if "budget" in fields:
+        return {"budget": share}
+    if "capacity" in fields:
+        return {"capacity": whole(share * length)}
+    raise UserError(
+        "has neither a parameter `budget` (a share) nor `capacity` (tokens) that a "
+        "budget could set; give its own parameters instead"
+    )
+
+
+def _check(policy: Policy, model: ModelShape, length: int) -> None:
+    """Let the policy refuse a model or a length that it cannot serve."""
+    if isinstance(policy, StreamingPolicy):
+        policy.budgets(model, length)
+    elif isinstance(policy, DensePolicy):
+        policy.lanes(model, length)
+
+
+def _kept_share(policy: Policy, model: ModelShape, length: int) -> float:
+    assert isinstance(policy, StreamingPolicy)
+    heads = [head for layer in policy.budgets(model, length) for head in layer]
+    return sum(_kept(head, length) for head in heads) / (len(heads) * length)
+
+
+def _kept(head: HeadBudget, length: int) -> int:
+    return length if head.recent is None else min(head.sinks + head.recent, length)

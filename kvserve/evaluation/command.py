@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvserve eval``: which policy, and which budget, a model can bear."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvserve import __version__
+from kvserve.errors import UserError
+from kvserve.evaluation.budgets import PolicySpec
+from kvserve.evaluation.contenders import (
+    DTYPES,
+    LocalEngine,
+    PolicyContender,
+    ServerContender,
+)
+from kvserve.evaluation.finder import Probe, find_budget, serve_command
+from kvserve.evaluation.haystack import Book, load_book, load_text
+from kvserve.evaluation.model import EvaluatedModel, load_model
+from kvserve.evaluation.report import Heading, make_tables, write_report
+from kvserve.evaluation.runner import REFERENCE, Assignment, Contender, Runner
+from kvserve.evaluation.store import Cell, Store
+from kvserve.evaluation.summary import Line, Summary
+from kvserve.evaluation.tasks import Task, built_in
+from kvserve.evaluation.user_task import load_user_task
+from kvserve.models import EMBEDDED_MODEL
+from kvserve.units import parse_bytes
+
+_BOOK: Book = "persuasion"
+_EXAMPLES = """examples:
+  kvserve eval --policy retrieval:budget=0.25 --policy snapkv:budget=0.25
+  kvserve eval MODEL --policy sink-recent:budget=512 --task needle,multikey \\
+      --length 1024,4096 --samples 16 --out report/
+  kvserve eval --policy h2o --task questions.jsonl      your own prompts and answers
+  kvserve eval --find-budget 0.99 --policy retrieval --length 4096
+  kvserve eval --url http://127.0.0.1:8000              a server that is running
+
+A policy is NAME or NAME:key=value,key=value; besides its own parameters every policy
+takes budget=0.25 (share of KV entries) or budget=512 (tokens). `full` is always run,
+to compare with. Ctrl-C keeps what is done; the same command goes on.
+"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that a command asks for, checked and ready to run."""
+
+    model: EvaluatedModel
+    assignments: list[Assignment]
+    conditions: dict[str, Any]
+    longest: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``kvserve eval``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "Measure what cache policies lose, through the real engine."
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="a policy to measure; may be given several times (default: full)",
+    )
+    parser.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        metavar="[NAME=]URL",
+        help="measure a running server instead; may be given several times. The name "
+        "`full` makes it what others are compared with. OPENAI_API_KEY is sent along",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        metavar="NAME|FILE.jsonl,...",
+        help=f"{', '.join(built_in())}, or a file of lines "
+        '{"prompt": ..., "answer": ...} (default: needle)',
+    )
+    parser.add_argument(
+        "--length",
+        action="append",
+        metavar="N,...",
+        help="tokens of prompt and reply together (default: 1024,2048,4096, or 4096 "
+        "with --find-budget)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=16,
+        metavar="N",
+        help="prompts for each task and length, depths spread evenly (default: 16)",
+    )
+    parser.add_argument(
+        "--haystack",
+        type=Path,
+        metavar="FILE",
+        help="text to hide things in (default: a novel that ships)",
+    )
+    parser.add_argument(
+        "--find-budget",
+        type=float,
+        metavar="SHARE",
+        help="bisect the budget of one --policy to the least memory that keeps this "
+        "share of the full score, e.g. 0.99",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws all prompts (default: 0)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16"
+    )
+    parser.add_argument(
+        "--kv-memory",
+        metavar="BYTES",
+        help="size of each engine's KV pool, e.g. 2GiB (default: eight full requests)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where results are kept and the report is written (default: report)",
+    )
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run ``kvserve eval``."""
+    work = prepare(args)
+    command = shlex.join(["kvserve", "eval", *argv])
+    store: Store | None = None
+    try:
+        if args.find_budget is not None:
+            spec = _only_policy(args)
+            store = Store(args.out, work.conditions)
+            return _find(args, work, store, command, spec)
+        contenders = _contenders(args, work)
+        store = Store(args.out, work.conditions)
+        Runner(work.assignments, store).run(contenders)
+        _finish(args, work, store, command, contenders)
+        return 0
+    except KeyboardInterrupt:
+        kept = len(store.cells) if store else 0
+        print(
+            f"\nkvserve: stopped; {kept} finished cells are kept in {args.out}. The "
+            "same command goes on.",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        if store:
+            store.close()
+
+
+def prepare(args: argparse.Namespace) -> Work:
+    """Check what was asked for and make all prompts, before any engine starts.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: must be at least 1")
+    if args.find_budget is not None and not 0 < args.find_budget <= 1:
+        raise UserError(f"--find-budget {args.find_budget}: must lie in 0 to 1")
+    lengths = _lengths(args)
+    text = load_text(args.haystack, "--haystack") if args.haystack else load_book(_BOOK)
+    names = [name for part in args.task or ["needle"] for name in part.split(",")]
+    tasks = _tasks(names)
+    model = load_model(args.model)
+    for length in lengths:
+        if length > model.limit:
+            raise UserError(
+                f"--length {length}: {model.name} reads at most {model.limit} tokens, "
+                "prompt and reply together"
+            )
+    assignments = _assignments(args, names, tasks, lengths, model, text)
+    longest = max(
+        max(sample.request.tokens for sample in assignment.samples)
+        for assignment in assignments
+    )
+    if longest > model.limit:
+        raise UserError(
+            f"--task: a prompt and its reply take {longest} tokens, and {model.name} "
+            f"reads at most {model.limit}"
+        )
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    haystack = args.haystack.name if args.haystack else f"{_BOOK}.txt"
+    conditions = {
+        "model": model.name,
+        "weights": model.weights,
+        "dtype": args.dtype,
+        "samples": args.samples,
+        "seed": args.seed,
+        "haystack": f"{haystack} ({digest})",
+        "kvserve": __version__,
+    }
+    return Work(model, assignments, conditions, max([longest, *lengths]))
+
+
+def _lengths(args: argparse.Namespace) -> list[int]:
+    default = "4096" if args.find_budget is not None else "1024,2048,4096"
+    parts = [one for part in args.length or [default] for one in part.split(",")]
+    try:
+        lengths = sorted({int(part) for part in parts})
+    except ValueError:
+        raise UserError(
+            f"--length {','.join(parts)}: expected numbers of tokens, e.g. 1024,4096"
+        ) from None
+    if lengths[0] < 1:
+        raise UserError(f"--length {lengths[0]}: must be a number of tokens")
+    if args.find_budget is not None and len(lengths) > 1:
+        raise UserError("--find-budget: a server has one budget; give one --length")
+    return lengths
+
+
+def _tasks(names: list[str]) -> dict[str, Task]:
+    known = built_in()
+    for name in names:
+        if name not in known and not name.endswith(".jsonl"):
+            raise UserError(
+                f"--task {name}: unknown; choose among {', '.join(known)}, or name a "
+                "file that ends in .jsonl"
+            )
+    return {name: known[name] for name in known if name in names}
+
+
+def _assignments(
+    args: argparse.Namespace,
+    names: list[str],
+    tasks: dict[str, Task],
+    lengths: list[int],
+    model: EvaluatedModel,
+    text: str,
+) -> list[Assignment]:
+    made = [
+        Assignment(
+            task,
+            length,
+            task.samples(model.tokenizer, text, args.seed, length, args.samples),
+        )
+        for length in lengths
+        for task in tasks.values()
+    ]
+    for name in names:
+        if name.endswith(".jsonl"):
+            user = load_user_task(Path(name), model.tokenizer)
+            if user.task.name in built_in():
+                raise UserError(f"--task {name}: is called like a task that ships")
+            made.append(Assignment(user.task, user.mean_length, user.samples))
+    return made
+
+
+def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:
+    memory = parse_bytes(args.kv_memory, "--kv-memory") if args.kv_memory else None
+    return LocalEngine(work.model, args.dtype, work.longest, memory)
+
+
+def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:
+    """Policies as they were given, the full cache first, then servers."""
+    specs = [PolicySpec.parse(text) for text in dict.fromkeys(args.policy)]
+    servers: list[Contender] = [
+        ServerContender.parse(text, work.model, work.longest) for text in args.url
+    ]
+    names = [spec.text for spec in specs] + [server.name for server in servers]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--url: two are called {name}; name one: --url NAME=URL")
+    if REFERENCE not in names and (specs or not servers):
+        specs.insert(0, PolicySpec.parse(REFERENCE))
+    engine = _engine(args, work)
+    local: list[Contender] = [PolicyContender(spec, engine) for spec in specs]
+    found = sorted([*local, *servers], key=lambda one: one.name != REFERENCE)
+    for contender in found:
+        for assignment in work.assignments:
+            contender.arguments(assignment.length)
+    return found
+
+
+def _only_policy(args: argparse.Namespace) -> PolicySpec:
+    if len(args.policy) != 1 or args.url:
+        raise UserError("--find-budget: give exactly one --policy, and no --url")
+    spec = PolicySpec.parse(args.policy[0])
+    if spec.budget is not None:
+        raise UserError(f"--policy {spec.text}: --find-budget sets its budget")
+    if spec.rule == REFERENCE:
+        raise UserError("--find-budget: `full` has no budget; choose another --policy")
+    return spec
+
+
+def _find(
+    args: argparse.Namespace, work: Work, store: Store, command: str, spec: PolicySpec
+) -> int:
+    engine = _engine(args, work)
+    runner = Runner(work.assignments, store)
+    length = work.assignments[-1].length
+    contenders: list[Contender] = [PolicyContender(PolicySpec.parse(REFERENCE), engine)]
+    spec.with_share(1.0).arguments(length, work.model.shape)
+    runner.run(contenders)
+
+    def measure(share: float) -> Probe | None:
+        asked = spec.with_share(share)
+        try:
+            asked.arguments(length, work.model.shape)
+        except UserError:
+            return None
+        contenders.append(PolicyContender(asked, engine))
+        runner.run(contenders[-1:])
+        line = _overall(store, contenders, asked.text)
+        assert line.memory is not None
+        assert line.of_full is not None
+        held = line.memory.held
+        print(f"{asked.text}: {line.of_full:.1%} of the full score, KV {held:.1%}")
+        return Probe(share, line.of_full, held)
+
+    _overall(store, contenders, REFERENCE)
+    best, _ = find_budget(args.find_budget, measure)
+    _finish(args, work, store, command, contenders)
+    if best is None:
+        print(f"\nNo budget below the full cache keeps {args.find_budget:.1%} of it.")
+        return 1
+    chosen = spec.with_share(best.share)
+    arguments = chosen.arguments(length, work.model.shape)
+    print(
+        f"\n{chosen.text} keeps {best.of_full:.1%} of the full score with "
+        f"{best.held:.1%} of its KV memory. Serve it:\n"
+        f"  {serve_command(args.model, spec, arguments, length)}"
+    )
+    return 0
+
+
+def _overall(store: Store, contenders: Sequence[Contender], policy: str) -> Line:
+    """The mean of a policy over what the full cache can do."""
+    summary = _summary(store, contenders)
+    for line in summary.overall:
+        if line.policy == policy:
+            return line
+    raise UserError(
+        "--find-budget: the full cache fails all of these tasks itself; choose another "
+        "--task, such as needle or agreement"
+    )
+
+
+def _summary(store: Store, contenders: Sequence[Contender]) -> Summary:
+    return Summary(_cells(store, contenders))
+
+
+def _cells(store: Store, contenders: Sequence[Contender]) -> list[Cell]:
+    return [
+        cell
+        for contender in contenders
+        for cell in store.cells.values()
+        if cell.policy == contender.name
+    ]
+
+
+def _finish(
+    args: argparse.Namespace,
+    work: Work,
+    store: Store,
+    command: str,
+    contenders: Sequence[Contender],
+) -> None:
+    asked = {(one.task.name, one.length) for one in work.assignments}
+    cells = [c for c in _cells(store, contenders) if (c.task, c.length) in asked]
+    tasks = {one.task.name: one.task.what for one in work.assignments}
+    heading = Heading(work.model.name, command, work.conditions, tasks)
+    written = write_report(cells, heading, args.out)
+    for table in make_tables(Summary(cells)):
+        print(f"\n{table.title}\n\n{table.markdown()}")
+    print(f"\nwrote {', '.join(str(path) for path in written)}")

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From cells to what a report says: scores with intervals, memory, ratios to full."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from kvserve.evaluation.runner import REFERENCE
+from kvserve.evaluation.statistics import bootstrap, interval
+from kvserve.evaluation.store import Cell
+
+USABLE = 0.5
+"""Below this mean score of the full cache a task says nothing about policies."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """KV memory of a request, the mean over samples.
+
+    Attributes:
+        held: pages held at the end, as a share of what a full cache would hold.
+        peak: the most that was held at once, likewise.
+        bytes: pages held at the end, in bytes.
+    """
+
+    held: float
+    peak: float
+    bytes: float
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> Memory | None:
+        """Add up cells; ``None`` if the engine does not tell."""
+        told = [cell for cell in cells if cell.pages_held]
+        if not told:
+            return None
+        held, peak, full = (
+            [pages for cell in told for pages in getattr(cell, f"pages_{what}")]
+            for what in ("held", "peak", "full")
+        )
+        size = fmean(
+            pages * cell.page_bytes for cell in told for pages in cell.pages_held
+        )
+        return cls(sum(held) / sum(full), sum(peak) / sum(full), size)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A policy in one task at one length, or in all usable ones (task ``all``).
+
+    Attributes:
+        score: mean share of answers found, or of equal top tokens; perplexity itself.
+        low, high: its 95 % interval.
+        of_full: ratio to the full cache's score; ``None`` where that was not run.
+        usable: whether the full cache itself can do the task.
+        divergence: mean KL divergence from the full cache, in nats; agreement only.
+    """
+
+    policy: str
+    task: str
+    length: int
+    kind: str
+    score: float
+    low: float
+    high: float
+    samples: int
+    of_full: float | None
+    usable: bool
+    memory: Memory | None
+    divergence: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Summary:
+    """All lines of a set of cells, and what a figure needs of them.
+
+    Args:
+        cells: in the order of policies that reports keep.
+    """
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = list(cells)
+        self._full = {
+            (cell.task, cell.length): cell for cell in cells if cell.policy == REFERENCE
+        }
+        self.lines = [self._line(cell) for cell in cells]
+        self.overall = self._overall()
+
+    @property
+    def policies(self) -> list[str]:
+        return list(dict.fromkeys(cell.policy for cell in self.cells))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(cell.task for cell in self.cells))
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({cell.length for cell in self.cells})
+
+    @property
+    def unusable(self) -> list[Line]:
+        """What the full cache cannot do, as its own lines."""
+        return [one for one in self.lines if one.policy == REFERENCE and not one.usable]
+
+    def line(self, policy: str, task: str, length: int) -> Line | None:
+        """One line; ``None`` if it was not measured."""
+        for line in [*self.lines, *self.overall]:
+            if (line.policy, line.task, line.length) == (policy, task, length):
+                return line
+        return None
+
+    def cell(self, policy: str, task: str, length: int) -> Cell | None:
+        """One cell; ``None`` if it was not measured."""
+        for cell in self.cells:
+            if cell.key == (policy, task, length):
+                return cell
+        return None
+
+    def _line(self, cell: Cell) -> Line:
+        full = self._full.get((cell.task, cell.length))
+        score, (low, high) = _score(cell)
+        of_full = None
+        if full is not None and _score(full)[0] > 0:
+            of_full = score / _score(full)[0]
+        return Line(
+            cell.policy,
+            cell.task,
+            cell.length,
+            cell.kind,
+            score,
+            low,
+            high,
+            len(cell.scores),
+            of_full,
+            self._is_usable(cell),
+            Memory.of([cell]),
+            fmean(cell.divergences) if cell.divergences else None,
+        )
+
+    def _is_usable(self, cell: Cell) -> bool:
+        full = self._full.get((cell.task, cell.length))
+        return full is None or cell.kind != "answers" or fmean(full.scores) >= USABLE
+
+    def _overall(self) -> list[Line]:
+        """The mean over usable tasks, by length: with labels, else agreement."""
+        lines = []
+        for length in self.lengths:
+            usable = [
+                c for c in self.cells if c.length == length and self._is_usable(c)
+            ]
+            kinds = {cell.kind for cell in usable}
+            kind = "answers" if "answers" in kinds else "agreement"
+            counted = [cell for cell in usable if cell.kind == kind]
+            everyone = {cell.task for cell in counted}
+            for policy in self.policies:
+                own = [cell for cell in counted if cell.policy == policy]
+                if own and {cell.task for cell in own} == everyone:
+                    lines.append(self._mean(policy, length, own))
+        return lines
+
+    def _mean(self, policy: str, length: int, cells: list[Cell]) -> Line:
+        scores = [score for cell in cells for score in cell.scores]
+        low, high = _interval(cells[0].kind, scores)
+        full = [self._full.get((cell.task, length)) for cell in cells]
+        theirs = [score for cell in full if cell for score in cell.scores]
+        complete = all(full) and sum(theirs) > 0
+        return Line(
+            policy,
+            "all",
+            length,
+            cells[0].kind,
+            fmean(scores),
+            low,
+            high,
+            len(scores),
+            fmean(scores) / fmean(theirs) if complete else None,
+            True,
+            Memory.of(cells),
+        )
+
+
+def _score(cell: Cell) -> tuple[float, tuple[float, float]]:
+    mean, (low, high) = fmean(cell.scores), _interval(cell.kind, cell.scores)
+    if cell.kind == "perplexity":
+        return math.exp(mean), (math.exp(low), math.exp(high))
+    return mean, (low, high)
+
+
+def _interval(kind: str, scores: list[float]) -> tuple[float, float]:
+    """Only answers are right or wrong; 1.0 of agreement is a share of many steps."""
+    return interval(scores) if kind == "answers" else bootstrap(scores)

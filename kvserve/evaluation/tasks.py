@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: what is asked, at which length, and how replies are scored.
+
+A task's length counts prompt and reply, as RULER's does, so that the longest length is
+the model's context. Every sample follows from (task, seed, length, index) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvserve.errors import UserError
+from kvserve.evaluation.backend import Request
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A request, and what its reply should say.
+
+    Attributes:
+        answers: strings that a reply should contain; empty where nothing is said.
+        depth: where in the context the answer lies, 0 to 1, if in one place.
+    """
+
+    request: Request
+    answers: tuple[str, ...] = ()
+    depth: float | None = None
+
+    def score(self, text: str) -> float:
+        """Share of the answers that ``text`` contains, as RULER counts it."""
+        found = [answer.lower() in text.lower() for answer in self.answers]
+        return sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample's place among all: its task's draws depend on nothing else.
+
+    Attributes:
+        length: tokens of prompt and reply together.
+        index: number of the sample, of ``count``.
+    """
+
+    tokenizer: Any
+    text: str
+    seed: int
+    length: int
+    index: int
+    count: int
+
+    @property
+    def depth(self) -> float:
+        """Depths are spread evenly over the samples."""
+        return (2 * self.index + 1) / (2 * self.count)
+
+
+Kind = Literal["answers", "perplexity", "agreement"]
+Build = Callable[[Place], Sample]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        kind: how replies become scores: ``answers`` counts strings that were found,
+            ``perplexity`` and ``agreement`` look at probabilities.
+        what: one line for people.
+        forces: needs an engine that takes forced tokens.
+    """
+
+    name: str
+    kind: Kind
+    what: str
+    build: Build
+    has_depth: bool = False
+    forces: bool = False
+
+    def samples(
+        self, tokenizer: Any, text: str, seed: int, length: int, count: int
+    ) -> list[Sample]:
+        """Make all samples of one length.
+
+        Raises:
+            UserError: the length is too short for the task.
+        """
+        try:
+            return [
+                self.build(Place(tokenizer, text, seed, length, index, count))
+                for index in range(count)
+            ]
+        except UserError as error:
+            raise UserError(f"--task {self.name} --length {length}: {error}") from None
+
+
+def built_in() -> dict[str, Task]:
+    """All tasks that ship, by name, in the order of reports."""
+    from kvserve.evaluation import continuations, ruler
+
+    tasks = [
+        Task(
+            "needle",
+            "answers",
+            "one magic number hidden in a novel (RULER NIAH single)",
+            ruler.needle,
+            has_depth=True,
+        ),
+        Task(
+            "multikey",
+            "answers",
+            "one of four magic numbers of the same form (RULER NIAH multi-key)",
+            ruler.multikey,
+            has_depth=True,
+        ),
+        Task(
+            "multivalue",
+            "answers",
+            "all four numbers of one key (RULER NIAH multi-value)",
+            ruler.multivalue,
+        ),
+        Task(
+            "tracking",
+            "answers",
+            "five variables along a chain of assignments (RULER variable tracking)",
+            ruler.tracking,
+        ),
+        Task(
+            "counting",
+            "answers",
+            "the ten commonest words of a long list (RULER common words)",
+            ruler.counting,
+        ),
+        Task(
+            "second-turn",
+            "answers",
+            "a second number, asked for after the first answer, on the same cache",
+            ruler.second_turn,
+            has_depth=True,
+            forces=True,
+        ),
+        Task(
+            "perplexity",
+            "perplexity",
+            "of a novel's next 128 tokens, fed through decoding",
+            continuations.perplexity,
+            forces=True,
+        ),
+        Task(
+            "agreement",
+            "agreement",
+            "next-token distributions along the full cache's own reply of 64 tokens",
+            continuations.agreement,
+            forces=True,
+        ),
+    ]
+    return {task.name: task for task in tasks}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own questions: a JSONL file as a task."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvserve.errors import UserError
+from kvserve.evaluation.backend import Request
+from kvserve.evaluation.needles import chat, encode
+from kvserve.evaluation.tasks import Place, Sample, Task
+
+_REPLY = 64
+_FORM = 'expected {"prompt": "...", "answer": "..."}; answer may be a list of strings'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the strings that a good reply contains."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a file of questions, one JSON object a line; empty lines are skipped.
+
+    Raises:
+        UserError: names the file, and the line that is malformed.
+    """
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--task {path}: cannot be read ({error})") from None
+    questions = [
+        _question(line, f"--task {path}: line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not questions:
+        raise UserError(f"--task {path}: has no questions; {_FORM}, one a line")
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not JSON ({error.msg}); {_FORM}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: is not an object; {_FORM}")
+    prompt, answer = values.get("prompt"), values.get("answer")
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f"{where}: has no prompt; {_FORM}")
+    if not isinstance(answers, list) or not all(
+        isinstance(one, str) and one for one in answers or [None]
+    ):
+        raise UserError(f"{where}: has no answer; {_FORM}")
+    return Question(prompt, tuple(answers))
+
+
+@dataclass(frozen=True)
+class UserTask:
+    """Questions of a file, as a task of one length: their mean."""
+
+    task: Task
+    samples: list[Sample]
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of a request, prompt and reply, on average."""
+        return round(self._total / len(self.samples))
+
+    @property
+    def longest(self) -> int:
+        return max(sample.request.tokens for sample in self.samples)
+
+    @property
+    def _total(self) -> int:
+        return sum(sample.request.tokens for sample in self.samples)
+
+
+def load_user_task(path: Path, tokenizer: Any) -> UserTask:
+    """Make a task of a file; it is named after the file.
+
+    Raises:
+        UserError: the file is malformed.
+    """
+    samples = [
+        Sample(
+            Request(
+                encode(tokenizer, chat(tokenizer, question.prompt))[0], reply=_REPLY
+            ),
+            question.answers,
+        )
+        for question in read_questions(path)
+    ]
+
+    def build(place: Place) -> Sample:
+        return samples[place.index]
+
+    return UserTask(
+        Task(path.stem, "answers", f"questions of {path.name}", build), samples
+    )

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvserve eval`` as it is typed, with engines that answer at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvserve.cli import main
+from kvserve.evaluation import command
+from kvserve.evaluation.contenders import LocalEngine, PolicyContender
+from kvserve.evaluation.model import EvaluatedModel
+from policies.base import ModelShape
+from tests.unit.byte_tokenizer import byte_tokenizer
+from tests.unit.fake_backend import FakeBackend
+
+SHAPE = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64)
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which there is nothing but its tokenizer."""
+    made = EvaluatedModel("path", SHAPE, 8192, byte_tokenizer(), 1)
+    monkeypatch.setattr(command, "load_model", lambda _: made)
+
+
+def share_of(arguments: dict[str, Any]) -> float:
+    return arguments.get("capacity", 2048) / 2048
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Engines that say what they know, and hold what their budget says."""
+    names: list[str] = []
+
+    def open_backend(self: PolicyContender, arguments: dict[str, Any]) -> FakeBackend:
+        names.append(self.name)
+        return Knowing(share_of(arguments))
+
+    monkeypatch.setattr(PolicyContender, "open", open_backend)
+    return names
+
+
+class Knowing(FakeBackend):
+    """Answers the last number of the prompt if it holds 40 % of it."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(0, round(100 * share), [])
+        self._share = share
+
+    def _reply(self, number: int, request: Any) -> Any:
+        import dataclasses
+        import re
+
+        reply = super()._reply(number, request)
+        prompt = byte_tokenizer().decode(request.prompt)
+        (found,) = re.findall(r"is: (\d{5})", prompt)
+        return dataclasses.replace(reply, text=found if self._share >= 0.4 else "?")
+
+
+def evaluate(out: Path, *arguments: str) -> int:
+    return main(["eval", "--out", str(out), "--samples", "4", *arguments])
+
+
+def test_a_report_is_written_and_full_is_run_to_compare_with(
+    tmp_path: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = ("--policy", "snapkv:budget=0.25", "--policy", "snapkv:budget=0.5")
+    assert evaluate(tmp_path, *policy, "--length", "2048") == 0
+    assert opened == ["full", "snapkv:budget=0.25", "snapkv:budget=0.5"]
+    shown = capsys.readouterr().out
+    assert "| `snapkv:budget=0.5` | 50%, " in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    scores = {line["policy"]: line["score"] for line in report["overall"]}
+    assert scores == {"full": 1, "snapkv:budget=0.25": 0, "snapkv:budget=0.5": 1}
+    assert report["arguments"]["snapkv:budget=0.5 at 2048"] == {"capacity": 1024}
+    assert "--length 2048" in report["command"]
+
+
+def test_the_same_command_again_starts_no_engine(
+    tmp_path: Path, opened: list[str]
+) -> None:
+    for _ in range(2):
+        assert evaluate(tmp_path, "--length", "2048") == 0
+    assert opened == ["full"]
+
+
+def test_more_policies_and_lengths_join_what_is_there(
+    tmp_path: Path, opened: list[str]
+) -> None:
+    evaluate(tmp_path, "--length", "2048")
+    evaluate(tmp_path, "--length", "2048", "--policy", "snapkv")
+    assert opened == ["full", "snapkv"]
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opened: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    normal = PolicyContender.open
+
+    def stopped(self: PolicyContender, arguments: dict[str, Any]) -> Any:
+        if self.name == "snapkv":
+            raise KeyboardInterrupt
+        return normal(self, arguments)
+
+    monkeypatch.setattr(PolicyContender, "open", stopped)
+    assert evaluate(tmp_path, "--length", "2048", "--policy", "snapkv") == 130
+    assert "1 finished cells are kept" in capsys.readouterr().err
+    monkeypatch.setattr(PolicyContender, "open", normal)
+    assert evaluate(tmp_path, "--length", "2048", "--policy", "snapkv") == 0
+    assert opened == ["full", "snapkv"]
+
+
+def test_the_finder_prints_how_to_serve_the_least_budget(
+    tmp_path: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--find-budget", "0.99", "--policy", "snapkv", "--length", "2048")
+    assert evaluate(tmp_path, *asked) == 0
+    shown = capsys.readouterr().out
+    # 40 % of 2048 tokens are 819, and a page less is too little.
+    assert "snapkv:budget=0.42 keeps 100.0% of the full score" in shown
+    assert (
+        "kvserve serve --policy snapkv --policy-arg capacity=832 --max-model-len 2048"
+        in shown
+    )
+    assert len(opened) <= 7
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "needles"], "--task needles: unknown; choose among needle"),
+        (["--length", "1e3"], "expected numbers of tokens"),
+        (["--length", "0"], "must be a number of tokens"),
+        (["--length", "9000"], "reads at most 8192 tokens"),
+        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--policy", "snap"], "--policy snap: unknown"),
+        (["--policy", "full:budget=0.5"], "takes no budget"),
+        (["--haystack", "/nowhere"], "--haystack /nowhere: cannot be read"),
+        (["--task", "none.jsonl"], "--task none.jsonl: cannot be read"),
+        (["--kv-memory", "lots"], "--kv-memory lots: expected a size"),
+        (["--url", "http://127.0.0.1:9"], "no server answers"),
+        (["--find-budget", "2", "--policy", "h2o"], "must lie in 0 to 1"),
+        (["--find-budget", "0.9"], "give exactly one --policy"),
+        (["--find-budget", "0.9", "--policy", "full"], "`full` has no budget"),
+        (
+            ["--find-budget", "0.9", "--policy", "h2o:budget=0.5"],
+            "--find-budget sets its budget",
+        ),
+        (
+            ["--find-budget", "0.9", "--policy", "h2o", "--length", "512,1024"],
+            "give one --length",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_before_any_engine_starts(
+    tmp_path: Path,
+    opened: list[str],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert evaluate(tmp_path / "out", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not opened
+
+
+def test_an_empty_haystack_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    assert evaluate(tmp_path, "--haystack", str(tmp_path / "empty.txt")) == 2
+    assert "has 0 characters" in capsys.readouterr().err
+
+
+def test_results_of_another_seed_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tmp_path, "--length", "2048") == 0
+    capsys.readouterr()
+    assert evaluate(tmp_path, "--length", "2048", "--seed", "1") == 2
+    assert "results with seed 0, and this command has 1" in capsys.readouterr().err
+
+
+def test_a_pool_holds_eight_full_requests_unless_it_is_given() -> None:
+    model = EvaluatedModel("path", SHAPE, 8192, byte_tokenizer(), 1)
+    page = 2 * 64 * 32 * 2
+    needed = 8 * 30 * 3 * (4096 // 32) * page
+    assert needed < LocalEngine(model, "bfloat16", 4096).pool() < 1.1 * needed
+    assert LocalEngine(model, "bfloat16", 4096, 1 << 20).pool() == 1 << 20
