@@ -48,7 +48,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
     page.goto(f"{server.base}/dashboard")
-    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("textbox", name="API key").fill(KEY)
     page.get_by_role("button", name="Continue").click()
     expect(page.get_by_role("status").first).to_have_text("live")
     yield page
@@ -69,7 +69,7 @@ def test_a_wrong_key_is_asked_for_again(browser: Browser, server: Server) -> Non
     for _ in range(2):
         dialog = page.get_by_role("dialog")
         expect(dialog).to_be_visible()
-        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("textbox", name="API key").fill("wrong")
         page.get_by_role("button", name="Continue").click()
     expect(dialog).to_be_visible()
     page.close()
