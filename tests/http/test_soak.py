@@ -104,11 +104,13 @@ class Load:
                 return 200
 
     def _malformed(self, source: random.Random) -> int:
-        path = source.choice(["/v1/completions", "/v1/chat/completions", "/tokenize"])
+        path = source.choice(["/v1/completions", "/v1/chat/completions"])
         headers = {"Content-Type": "application/json"}
         content = source.choice(MALFORMED)
         reply = self._client.post(path, content=content, headers=headers)
-        assert reply.json()["error"]["message"]
+        said = reply.json()
+        # Nesting that no parser takes is refused by FastAPI itself, in its own words.
+        assert said.get("detail") or said["error"]["message"]
         return reply.status_code
 
     def _oversized(self, source: random.Random) -> int:
@@ -165,7 +167,7 @@ def test_mixed_load_leaves_the_server_as_it_was(
         "_streamed": {200},
         "_slow": {200},
         "_aborted": {200},
-        "_malformed": {400} | (kinds["_malformed"] & {404, 422}),
+        "_malformed": {400},
         "_oversized": {413},
     }
     assert client.get("/health").status_code == 200
