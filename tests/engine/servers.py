@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_START_SECONDS = 300
+_START_SECONDS = 600
 
 
 @contextlib.contextmanager
