@@ -77,9 +77,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _pareto(summary: Summary, model: str) -> Figure:
     lengths = sorted({line.length for line in summary.overall if line.memory})
-    columns = min(len(lengths), 2)
+    columns = 3 if len(lengths) in (3, 5, 6) else min(len(lengths), 2)
     rows = -(-len(lengths) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.7 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(5.0 * columns, 3.9 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     styles = _styles(summary.policies)
     for axis, length in zip(axes, lengths, strict=False):
@@ -162,15 +162,16 @@ def _frontier(lines: list[Line]) -> list[tuple[float, float]]:
 
 
 def _labels(axis: Any, lines: list[Line], styles: dict[str, Any]) -> None:
-    """Name the points, each where no name is yet."""
-    taken: list[tuple[float, float, float, float]] = []
+    """Name the points, each where no point or name is yet."""
+    spots = [(one.memory.held, one.score) for one in lines if one.memory]
+    taken = [(x - 0.015, y - 0.025, x + 0.015, y + 0.025) for x, y in spots]
     for line in sorted(lines, key=lambda one: (-one.score, one.memory.held)):  # type: ignore[union-attr]
         assert line.memory is not None
         x, y = line.memory.held, line.score
         name = _short(line.policy)
         width, height = 0.0165 * len(name) + 0.01, 0.06
         for right, drop in _PLACES:
-            left = x + 0.025 if right else x - 0.025 - width
+            left = x + 0.02 if right else x - 0.02 - width
             bottom = y + drop - height / 2
             box = (left, bottom, left + width, bottom + height)
             inside = left > 0 and box[2] < 1.08 and bottom > -0.04 and box[3] < 1.08
