@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from kvserve.errors import UserError
 
@@ -35,6 +36,8 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "kvserve.cli", "serve", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-uvicorn-access-log"]
+    # Whoever ends us by SIGTERM ends our server as well: an exit runs `finally`.
+    before = signal.signal(signal.SIGTERM, _exit)
     # A client may run quietly; a log file may say what it has to say.
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("a") as output:
@@ -47,6 +50,11 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
         yield base_url
     finally:
         _stop(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _free_port() -> int:

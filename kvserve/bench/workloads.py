@@ -101,7 +101,7 @@ def read_workload(path: Path, output_tokens: int | None = None) -> list[Request]
 
 
 def write_workload(path: Path, requests: Sequence[Request]) -> None:
-    """Write a file that :func:`read_workload`, guidellm and vLLM's client read."""
+    """Write a file for :func:`read_workload`; guidellm reads its prompts as well."""
     lines = (json.dumps(request.to_json()) + "\n" for request in requests)
     try:
         path.write_text("".join(lines), encoding="utf-8")

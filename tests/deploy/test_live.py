@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -130,3 +131,17 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         running_server(["--policy", "no-such-policy"], tmp_path / "log"),
     ):
         pass
+
+
+def test_a_bench_that_is_terminated_takes_its_server_with_it() -> None:
+    command = [sys.executable, "-m", "kvserve.cli", "bench", "--compare", "full"]
+    bench = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (pids := children.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # The server's own start must not be in the way of its end.
+    bench.terminate()
+    assert bench.wait(timeout=90) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
