@@ -3,8 +3,9 @@
 
 All engines live in this process and take turns, so that whatever else the machine is
 doing hits them alike. Prints Markdown: medians over the rounds, with the spread.
+Policies are written as for ``kvserve eval``; ``budget=`` is of a decode request.
 
-    python benchmarks/speed.py --policies none full retrieval --rounds 5
+    python benchmarks/speed.py --policies none full retrieval:budget=0.25 --rounds 5
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm import SamplingParams
 
 from kvserve import LLM
+from kvserve.evaluation.budgets import PolicySpec
+from kvserve.evaluation.model import shape_of
+from kvserve.models import resolve_model
 
 
 def make_engine(policy: str, args: argparse.Namespace) -> Any:
     """Start an engine; ``none`` is stock vLLM."""
+    chosen: dict[str, Any] = {"policy": None}
+    if policy != "none":
+        spec = PolicySpec.parse(policy)
+        shape = shape_of(resolve_model(args.model))
+        length = args.decode_tokens + args.decode_steps
+        chosen = {"policy": spec.name, "policy_args": spec.arguments(length, shape)}
     return LLM(
         args.model,
-        policy=None if policy == "none" else policy,
+        **chosen,
         dtype=args.dtype,
         max_model_len=args.prefill_tokens + 64,
         max_num_seqs=args.decode_requests,

@@ -169,12 +169,18 @@ def _runs(first: IntArray, last: IntArray) -> tuple[IntArray, IntArray]:
 
 @dataclass(frozen=True)
 class DenseRule:
-    """The plan of every request under a policy: travels inside the KV cache spec."""
+    """The plan of every request under a policy: travels inside the KV cache spec.
+
+    Attributes:
+        model: as one rank has it.
+        copies: ranks that each have such heads, and all the same plan.
+    """
 
     policy: DensePolicy
     model: ModelShape
     page_size: int
     max_tokens: int
+    copies: int = 1
 
     @property
     def is_elastic(self) -> bool:

@@ -66,11 +66,14 @@ class Ledger:
 
     Args:
         full: the plan of a request that evicts nothing.
+        copies: ranks that each have such heads, and all the same plan.
     """
 
-    def __init__(self, full: PagePlan, most_receipts: int = MOST_RECEIPTS) -> None:
+    def __init__(
+        self, full: PagePlan, copies: int = 1, most_receipts: int = MOST_RECEIPTS
+    ) -> None:
         self.tokens: dict[str, int] = {}
-        self._full, self._most = full, most_receipts
+        self._full, self._copies, self._most = full, copies, most_receipts
         self._peaks: dict[str, int] = {}
         self._receipts: OrderedDict[str, Receipt] = OrderedDict()
         self._evicted = 0
@@ -84,16 +87,17 @@ class Ledger:
     def close(self, request_id: str, plan: LanePlan, pages: int) -> None:
         """Write the receipt of a request that gives its ``pages`` pages back."""
         tokens = self.tokens.pop(request_id, None)
+        peak = self._peaks.pop(request_id, pages)
         if tokens is None:
             return
         receipt = Receipt(
             request_id,
             time.time(),
             tokens,
-            tokens * self._full.num_lanes,
-            int(plan.lane_tokens(tokens).sum()),
+            tokens * self._full.num_lanes * self._copies,
+            int(plan.lane_tokens(tokens).sum()) * self._copies,
             pages,
-            self._peaks.pop(request_id, pages),
+            peak,
             self._full.pages(tokens),
         )
         self._evicted += receipt.entries_evicted

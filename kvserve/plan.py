@@ -306,6 +306,11 @@ class StreamRule:
     ranks: int = 1
 
     @property
+    def copies(self) -> int:
+        """Ranks that have the lanes of a plan: it names the heads of all of them."""
+        return 1
+
+    @property
     def is_elastic(self) -> bool:
         """Whether requests have plans of their own."""
         return self.policy.capabilities.elastic

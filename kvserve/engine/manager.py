@@ -35,7 +35,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         self._plan = kv_cache_spec.plan
         self.rule = kv_cache_spec.rule
         self._plans: dict[str, PagePlan | DensePlan] = {}
-        self.ledger = Ledger(self.rule.full)
+        self.ledger = Ledger(self.rule.full, self.rule.copies)
         # Scratch pages leave the pool for good. This manager is the pool's first
         # caller, so they are blocks 1..K and the worker knows them without a message.
         # The pool is told that it is smaller: usage counts what requests can have.

@@ -44,7 +44,7 @@ def _report(core: EngineCore) -> dict[str, Any]:
     cache = None
     if manager is not None:
         workers: list[WorkerUsage] = core.collective_rpc("usage")
-        cache = cache_usage(manager, scheduler.requests, workers[0])
+        cache = cache_usage(manager, scheduler.requests, workers)
     return {
         # Page 0 is vLLM's placeholder and is never given out.
         "pages_total": pool.num_gpu_blocks - 1,

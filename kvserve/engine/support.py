@@ -68,7 +68,7 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
             num_query_heads=model.num_query_heads // ranks,
             num_kv_heads=model.num_kv_heads // ranks,
         )
-        rule: Rule = DenseRule(policy, share, page_size, max_tokens)
+        rule: Rule = DenseRule(policy, share, page_size, max_tokens, ranks)
     elif isinstance(policy, StreamingPolicy):
         rule = StreamRule(policy, model, page_size, max_tokens, ranks)
     else:

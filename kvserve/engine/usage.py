@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +35,19 @@ class WorkerUsage:
 def cache_usage(
     manager: HeadPagedManager,
     requests: dict[str, Any],
-    worker: WorkerUsage,
+    workers: Sequence[WorkerUsage],
 ) -> dict[str, Any]:
     """Add up what running requests hold.
 
     Args:
         requests: vLLM's requests by name, for the lengths of their prompts.
+        workers: one for each rank, in order.
 
     Returns:
         Plain numbers and lists, of which ``kvserve.report.CacheReport`` is made.
     """
-    full, ledger = manager.rule.full, manager.ledger
-    by_head = np.zeros((full.num_layers, full.num_kv_heads), dtype=np.int64)
+    full, ledger, copies = manager.rule.full, manager.ledger, manager.rule.copies
+    by_head = np.zeros((full.num_layers, full.num_kv_heads * copies), dtype=np.int64)
     # Most requests share a plan; its lanes are worked out once for each length.
     seen: dict[tuple[int, int], IntArray] = {}
     totals: dict[str, int] = defaultdict(int)
@@ -56,11 +58,16 @@ def cache_usage(
         if key not in seen:
             seen[key] = plan.lane_tokens(tokens)
         lanes = seen[key]
-        by_head += _of_heads(plan, lanes, tokens, worker.lane_of_head.get(name))
-        held, retained = manager.pages_held(name), int(lanes.sum())
+        by_head += np.hstack(
+            [
+                _of_heads(plan, lanes, tokens, worker.lane_of_head.get(name))
+                for worker in workers[:copies]
+            ]
+        )
+        held, retained = manager.pages_held(name), int(lanes.sum()) * copies
         reads = _holds_full_cache(manager, name, tokens)
         totals["pages_full"] += full.pages(tokens)
-        totals["entries_seen"] += tokens * full.num_lanes
+        totals["entries_seen"] += tokens * full.num_lanes * copies
         totals["dense_prefill_pages"] += held if reads else 0
         rows.append(
             {
@@ -80,8 +87,8 @@ def cache_usage(
         "entries_seen": totals["entries_seen"],
         "entries_retained": by_head.tolist(),
         "entries_evicted": ledger.evicted(totals["entries_seen"] - retained),
-        "selection_seconds": worker.selection_seconds,
-        "compaction_seconds": worker.compaction_seconds,
+        "selection_seconds": max(one.selection_seconds for one in workers),
+        "compaction_seconds": max(one.compaction_seconds for one in workers),
         "requests": rows,
     }
 

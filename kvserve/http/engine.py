@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 
 from kvserve.dense_plan import DenseRule
@@ -96,7 +97,8 @@ class ServedPolicy:
 
     def _budgets(self, context: int) -> Budgets:
         rule = self._rule
-        retained = rule.plan(context).lane_tokens(context).tolist()
+        lanes = rule.plan(context).lane_tokens(context)
+        retained = np.tile(lanes, rule.copies).tolist()
         if isinstance(rule, DenseRule):
             return Budgets(context=context, rows="lanes", retained=retained)
         size, stream = rule.page_size, rule.plan(context)

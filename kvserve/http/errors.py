@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 _TYPES = {
@@ -30,3 +32,13 @@ def error_response(
         "code": status.value,
     }
     return JSONResponse({"error": error}, status, headers)
+
+
+async def http_exception_response(_: Request, error: Exception) -> JSONResponse:
+    """Answer for what Starlette itself refuses, and for our own routes.
+
+    vLLM's handler takes FastAPI's class alone, and drops the headers.
+    """
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    return error_response(HTTPStatus(error.status_code), error.detail, headers=headers)

@@ -8,10 +8,10 @@ import math
 import time
 from http import HTTPStatus
 
-from fastapi import HTTPException
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvserve.http.errors import error_response
@@ -47,7 +47,7 @@ class BodyLimit:
             part = await receive()
             received += len(part.get("body", b""))
             if received > limit:
-                # FastAPI passes it to the server's own handler of errors.
+                # FastAPI passes it on to the handler of errors.
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
             return part
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 
 from kvserve.http.dashboard_page import router as dashboard
 from kvserve.http.draining import drain_before_shutdown
 from kvserve.http.engine import ServedPolicy
+from kvserve.http.errors import http_exception_response
 from kvserve.http.gateway import Gateway
 from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
@@ -33,6 +35,7 @@ class KVEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.state.kvserve = Gateway.from_args(app.state.args)
+        app.add_exception_handler(HTTPException, http_exception_response)
         app.include_router(router)
         app.include_router(dashboard)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -39,10 +40,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return {name: tiny_model(tiny, directory) for name, tiny in SHAPES.items()}
 
 
-def _serve(
-    engines: EngineSlot, model: Model, policy: str, ranks: int
-) -> tuple[list[list[int]], list[list[dict[int, float]]], list[int]]:
-    """Tokens, their best log probabilities, and pages held at every step."""
+@dataclass
+class Served:
+    """What came out, and what it took.
+
+    Attributes:
+        tokens: of each reply.
+        best: log probabilities of the likeliest tokens, for each reply and token.
+        held: pages held after every step.
+        entries: what each head retained after some of them.
+        receipts: tokens, entries seen and entries retained, by prompt.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    best: list[list[dict[int, float]]] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    entries: list[list[list[int]]] = field(default_factory=list)
+    receipts: set[tuple[int, ...]] = field(default_factory=set)
+
+
+def _serve(engines: EngineSlot, model: Model, policy: str, ranks: int) -> Served:
     options = {} if policy == "sharded" else {"block_size": 32}
     engine = engines.start(
         model.path,
@@ -55,18 +72,26 @@ def _serve(
     free = engine.pool.get_num_free_blocks()
     prompts = random_prompts(LENGTHS, model.vocab, seed=4)
     names = [engine.add(prompt, STEPS) for prompt in prompts]
-    held = []
+    served, core = Served(), engine._core
     for step in range(10_000):
         if not engine.is_busy:
             break
         engine.step()
-        held.append(free - engine.pool.get_num_free_blocks())
+        served.held.append(free - engine.pool.get_num_free_blocks())
+        if step in (2, 20, 40):
+            served.entries.append(core.kvserve_report()["cache"]["entries_retained"])
         if step == 25:
             engine.preempt_all()
     replies = [engine.replies.pop(name) for name in names]
     assert any(reply.preemptions for reply in replies)
     assert engine.pool.get_num_free_blocks() == free
-    return [r.tokens for r in replies], [r.best for r in replies], held
+    served.tokens = [reply.tokens for reply in replies]
+    served.best = [reply.best for reply in replies]
+    served.receipts = {
+        (one["tokens_seen"], one["entries_seen"], one["entries_retained"])
+        for one in core.kvserve_receipts()[: len(names)]
+    }
+    return served
 
 
 def _slow(policies: Iterable[str], fast: tuple[str, ...] = ()) -> list[Any]:
@@ -80,14 +105,16 @@ def _slow(policies: Iterable[str], fast: tuple[str, ...] = ()) -> list[Any]:
 def test_two_ranks_say_token_by_token_what_one_rank_says(
     engines: EngineSlot, shared: dict[str, Model], policy: str
 ) -> None:
-    one, expected, held_by_one = _serve(engines, shared["gqa"], policy, ranks=1)
-    two, found, held_by_two = _serve(engines, shared["gqa"], policy, ranks=2)
-    assert two == one
-    assert [len(tokens) for tokens in one] == [STEPS] * len(LENGTHS)
-    for reply, should in zip(found, expected, strict=True):
+    one = _serve(engines, shared["gqa"], policy, ranks=1)
+    two = _serve(engines, shared["gqa"], policy, ranks=2)
+    assert two.tokens == one.tokens
+    assert [len(tokens) for tokens in one.tokens] == [STEPS] * len(LENGTHS)
+    for reply, should in zip(two.best, one.best, strict=True):
         for best, best_should in zip(reply, should, strict=True):
             assert best == pytest.approx(best_should, abs=1e-3)
-    _assert_pages_are_shared_out(held_by_one, held_by_two)
+    assert two.entries == one.entries
+    assert two.receipts == one.receipts
+    _assert_pages_are_shared_out(one.held, two.held)
 
 
 def _assert_pages_are_shared_out(one: list[int], two: list[int]) -> None:
@@ -102,7 +129,7 @@ def _assert_pages_are_shared_out(one: list[int], two: list[int]) -> None:
 def test_a_head_that_two_ranks_hold_says_the_same(
     engines: EngineSlot, shared: dict[str, Model], policy: str
 ) -> None:
-    one, _, held_by_one = _serve(engines, shared["mqa"], policy, ranks=1)
-    two, _, held_by_two = _serve(engines, shared["mqa"], policy, ranks=2)
-    assert two == one
-    assert held_by_two == held_by_one
+    one = _serve(engines, shared["mqa"], policy, ranks=1)
+    two = _serve(engines, shared["mqa"], policy, ranks=2)
+    assert two.tokens == one.tokens
+    assert two.held == one.held

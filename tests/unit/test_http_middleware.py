@@ -18,11 +18,12 @@ from starlette.websockets import WebSocketDisconnect
 
 from kvserve.errors import UserError
 from kvserve.http import draining
-from kvserve.http.dashboard_page import _ASSETS, _DIRECTORY, router
+from kvserve.http.dashboard_page import _ASSETS, _DIRECTORY
 from kvserve.http.draining import Draining, drain_before_shutdown
 from kvserve.http.gateway import Gateway
 from kvserve.http.keys import ApiKeys
 from kvserve.http.limits import BodyLimit, RateLimit
+from kvserve.http.plugin import KVEndpoints
 from kvserve.http.receipts import of_request
 from kvserve.http.request_ids import RequestIds
 from kvserve.http.settings import HttpSettings, add_http_arguments
@@ -34,7 +35,7 @@ def make_app(*flags: str, keys: tuple[str, ...] = ()) -> FastAPI:
     app = FastAPI()
     args = parser.parse_args([*flags])
     app.state.args = argparse.Namespace(**vars(args), api_key=list(keys))
-    app.state.kvserve = Gateway.from_args(app.state.args)
+    KVEndpoints().attach_router(app)
 
     @app.post("/work")
     async def work(request: Request) -> dict[str, Any]:
@@ -51,7 +52,10 @@ def make_app(*flags: str, keys: tuple[str, ...] = ()) -> FastAPI:
         await socket.accept()
         await socket.close()
 
-    app.include_router(router)
+    @app.post("/numbers")
+    async def numbers(_: dict[str, Any]) -> None:
+        pass
+
     return app
 
 
@@ -127,6 +131,7 @@ class TestBodyLimit:
 
         reply = client.post("/work", content=parts())
         assert reply.status_code == 413
+        assert "--max-body-size" in reply.json()["error"]["message"]
 
 
 class TestRateLimit:
@@ -221,6 +226,35 @@ class TestRequestIds:
         reply = client.post("/work", headers={"X-Request-Id": sent.encode()})
         assert reply.headers["X-Request-Id"] == reply.json()["id"]
         assert reply.json()["id"] not in ("", sent)
+
+
+class TestErrors:
+    @pytest.fixture
+    def client(self) -> TestClient:
+        return TestClient(make_app())
+
+    def test_what_starlette_refuses_looks_like_openais_errors(
+        self, client: TestClient
+    ) -> None:
+        nested = b"[" * 50_000 + b"]" * 50_000
+        headers = {"Content-Type": "application/json"}
+        for status, reply in (
+            (400, client.post("/numbers", content=nested, headers=headers)),
+            (404, client.get("/nowhere")),
+            (405, client.get("/work")),
+        ):
+            assert reply.status_code == status
+            error = reply.json()["error"]
+            assert error["code"] == status
+            assert error["message"]
+
+    def test_what_an_error_has_to_say_in_headers_is_kept(
+        self, client: TestClient
+    ) -> None:
+        silent = client.get("/v1/kv/stats")
+        assert silent.status_code == 503
+        assert int(silent.headers["Retry-After"]) > 0
+        assert client.get("/work").headers["Allow"] == "POST"
 
 
 def test_receipts_are_matched_by_whole_names() -> None:

@@ -69,6 +69,28 @@ def test_evictions_of_a_preempted_request_count_each_time() -> None:
     assert ledger.evicted(36) == 72
 
 
+def test_ranks_of_one_plan_are_added_up() -> None:
+    alone, one_of_two = Ledger(PLAN.full), Ledger(PLAN.full, copies=2)
+    for ledger in (alone, one_of_two):
+        run(ledger, "a", 22)
+        ledger.close("a", PLAN, 7)
+    (single,), (both,) = alone.receipts(()), one_of_two.receipts(())
+    assert both.entries_seen == 2 * single.entries_seen
+    assert both.entries_retained == 2 * single.entries_retained
+    assert both.entries_evicted == 2 * single.entries_evicted > 0
+    assert both.pages_held == single.pages_held
+
+
+def test_nothing_is_remembered_of_a_request_that_never_ran() -> None:
+    ledger = Ledger(PLAN.full)
+    ledger.grown("a", 100)
+    ledger.close("a", PLAN, 100)
+    run(ledger, "a", 22)
+    ledger.close("a", PLAN, 7)
+    (receipt,) = ledger.receipts(())
+    assert receipt.pages_peak < 100
+
+
 def test_only_the_last_receipts_are_kept_the_newest_first() -> None:
     ledger = Ledger(PLAN.full, most_receipts=3)
     for name in "abcde":
