@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from fastapi.responses import RedirectResponse, Response
+from starlette.exceptions import HTTPException
 
 _DIRECTORY = files("kvserve.http") / "dashboard"
 _ASSETS = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvserve.evaluation.needles import NeedlePrompt, score
+from kvserve.profiling.attention_hook import install_attention
 
 _ATTENTION = "kvserve_top_key"
 
@@ -49,12 +50,9 @@ class TopKeyProbe:
 
     def attach(self, model: Any) -> None:
         """Make ``model`` compute its attention here."""
-        from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
-        AttentionInterface.register(_ATTENTION, self)
-        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-        model.set_attn_implementation(_ATTENTION)
+        install_attention(model, _ATTENTION, self, sdpa_mask)
 
     def __call__(
         self,

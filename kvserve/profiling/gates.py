@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.evaluation.families import PROFILING
+from kvserve.profiling.attention_hook import install_attention, no_mask
 from kvserve.profiling.recital import Recital, build_recital
 
 _ATTENTION = "kvserve_gated"
@@ -67,11 +68,7 @@ class GatedAttention:
 
     def attach(self, model: Any) -> None:
         """Make ``model`` compute its attention here."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        AttentionInterface.register(_ATTENTION, self)
-        AttentionMaskInterface.register(_ATTENTION, _no_mask)
-        model.set_attn_implementation(_ATTENTION)
+        install_attention(model, _ATTENTION, self, no_mask)
 
     def __call__(
         self,
@@ -100,10 +97,6 @@ class GatedAttention:
         if len(self._visible) != tokens:
             self._visible = window_mask(tokens).to(device)
         return self._visible
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Spare the model a mask: one prompt without padding is causal by itself."""
 
 
 def window_mask(tokens: int) -> Tensor:

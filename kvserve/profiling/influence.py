@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvserve.profiling.attention_hook import install_attention, no_mask
 from kvserve.profiling.recital import Recital
 
 BLOCK = 64
@@ -120,11 +121,7 @@ class InfluenceProbe:
         Layers are computed anew when the backward pass reaches them; the models'
         own switch for it works in training mode only, where dropout must not.
         """
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        AttentionInterface.register(_ATTENTION, self)
-        AttentionMaskInterface.register(_ATTENTION, _no_mask)
-        model.set_attn_implementation(_ATTENTION)
+        install_attention(model, _ATTENTION, self, no_mask)
         model.requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -148,10 +145,6 @@ class InfluenceProbe:
             query[0], key[0], value[0], scale, self, module.layer_idx
         )
         return output.transpose(0, 1)[None].contiguous(), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Spare the model a mask: one prompt without padding is causal by itself."""
 
 
 class _ProbedAttention(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvserve.profiling.attention_hook import install_attention, no_mask
 from kvserve.profiling.recital import Recital
 
 PAGE = 32
@@ -30,11 +31,7 @@ class SpanAttention:
 
     def attach(self, model: Any) -> None:
         """Make ``model`` compute its attention here."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        AttentionInterface.register(_ATTENTION, self)
-        AttentionMaskInterface.register(_ATTENTION, _no_mask)
-        model.set_attn_implementation(_ATTENTION)
+        install_attention(model, _ATTENTION, self, no_mask)
 
     def __call__(
         self,
@@ -61,10 +58,6 @@ class SpanAttention:
             for head in range(num_kv_heads)
         ]
         return torch.cat(outputs, dim=1).transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Spare the model a mask: one prompt without padding is causal by itself."""
 
 
 def _attend(
