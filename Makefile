@@ -52,14 +52,14 @@ profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
 	$(BIN)/kvserve profile retrieval
 
 bench: $(STAMP)  ## Measure speed and memory side by side with stock vLLM
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.speed
 
 bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .venv-kvpress
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
 	.venv-kvpress/bin/python -m pip install -q --no-deps torch==2.13.0
 	grep -v '^torch==' requirements/kvpress.txt | \
 	  $(BIN)/uv pip install -q --no-deps -p .venv-kvpress/bin/python -r -
-	$(BIN)/python benchmarks/quality_vs_kvpress.py
+	$(BIN)/python -m benchmarks.quality_vs_kvpress
 
 loadtest: $(STAMP)  ## Load a server (URL=..., or its own) with guidellm: loadtest.html
 	test -x .venv-load/bin/python || $(PYTHON) -m venv .venv-load

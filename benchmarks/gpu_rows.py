@@ -6,7 +6,7 @@ decode with everything kept and with a fifth of the heads full, prefill of one c
 with full and with bounded heads. Prints a Markdown table; speed-ups are over the
 faster dense attention, or over full heads where there is none.
 
-    python benchmarks/gpu_rows.py [--page-size 16] [--requests 32]
+    python -m benchmarks.gpu_rows [--page-size 16] [--requests 32]
 """
 
 from __future__ import annotations

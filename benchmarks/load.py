@@ -4,7 +4,7 @@
 Every engine gets the same requests and the same bytes of KV cache, one engine after
 the other in one run. Prints Markdown and draws a picture of it.
 
-    python benchmarks/load.py --policies none full retrieval --image docs/load.png
+    python -m benchmarks.load --policies none full retrieval --image docs/load.png
 """
 
 from __future__ import annotations

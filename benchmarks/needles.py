@@ -5,7 +5,7 @@
 answers of several words. No wording, word or haystack of theirs was seen when the
 shipped profile was measured. Prints Markdown.
 
-    python benchmarks/needles.py --family facts --needles 16
+    python -m benchmarks.needles --family facts --needles 16
 """
 
 from __future__ import annotations

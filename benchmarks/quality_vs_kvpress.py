@@ -10,7 +10,7 @@ that were in fact held when the prompt had been read.
 
 Prints Markdown. With ``--out`` finished cells are kept, and not measured again:
 
-    python benchmarks/quality_vs_kvpress.py --out quality.json --needles 8 \\
+    python -m benchmarks.quality_vs_kvpress --out quality.json --needles 8 \\
       --shares 0.5 0.25 --policies full snapkv 'snapkv:{"window":64}' \\
       --presses none SnapKVPress
 """
@@ -26,7 +26,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from needles import (
+from tqdm import tqdm
+
+from benchmarks.needles import (
     LENGTHS,
     kept_share,
     make_engine,
@@ -35,8 +37,6 @@ from needles import (
     prompts,
     replies,
 )
-from tqdm import tqdm
-
 from kvserve import UserError
 from kvserve.evaluation.budgets import RULES, Arguments, arguments_for
 from kvserve.evaluation.model import shape_of

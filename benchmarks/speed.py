@@ -5,7 +5,7 @@ All engines live in this process and take turns, so that whatever else the machi
 doing hits them alike. Prints Markdown: medians over the rounds, with the spread.
 Policies are written as for ``kvserve eval``; ``budget=`` is of a decode request.
 
-    python benchmarks/speed.py --policies none full retrieval:budget=0.25 --rounds 5
+    python -m benchmarks.speed --policies none full retrieval:budget=0.25 --rounds 5
 """
 
 from __future__ import annotations

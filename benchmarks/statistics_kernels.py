@@ -5,7 +5,7 @@ One layer of the embedded model's shape (9 query heads, 3 KV heads of 64): a chu
 prompt, and a decode step of 8 requests. Prints Markdown: medians over the rounds, the
 ratio's median and its spread.
 
-    python benchmarks/statistics_kernels.py [--rounds 15]
+    python -m benchmarks.statistics_kernels [--rounds 15]
 """
 
 from __future__ import annotations

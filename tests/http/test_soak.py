@@ -23,7 +23,7 @@ WORDS = (
 )
 PROMPTS = [f"{WORDS} {n}. " * n for n in (1, 3, 8, 20, 60)]
 TOKENS = 8
-LONG = 4000
+LONG = 2000
 MALFORMED: list[bytes] = [
     b"",
     b"{",
@@ -125,9 +125,14 @@ class Load:
         return self._client.stream("POST", "/v1/completions", json=body)
 
 
-def memory_of(server: Server) -> int:
-    """Bytes of all its processes."""
-    return sum(process.memory_info().rss for process in server.processes())
+def memory_of(server: Server) -> Counter[str]:
+    """MiB of each process, by name."""
+    return Counter(
+        {
+            f"{process.name()} {process.pid}": process.memory_info().rss >> 20
+            for process in server.processes()
+        }
+    )
 
 
 def idle(client: httpx.Client) -> dict[str, Any]:
@@ -154,8 +159,10 @@ def test_mixed_load_leaves_the_server_as_it_was(
             list(pool.map(load.send, range(half, requests)))
     stats = idle(client)
     grown = memory_of(server) - before
-    # A hundred requests still warm allocators up: only the long run tells a leak.
-    assert requests < LONG or grown < 64 << 20, f"{grown >> 20} MiB more"
+    if requests < LONG:
+        # Kernels and the allocator warm up for some 500 requests, in the worker alone.
+        grown = Counter({n: mib for n, mib in grown.items() if "Worker" not in n})
+    assert grown.total() < 64, grown
     assert stats["cache"]["pages"]["held"] == 0
     assert stats["cache"]["pages"]["free"] == stats["cache"]["pages"]["total"]
     assert sum(load.statuses.values()) == requests
