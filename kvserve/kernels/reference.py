@@ -61,6 +61,34 @@ def row_attention(
     return out
 
 
+def add_row_mass(
+    query: Tensor,
+    pool: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    scale: float,
+    drawn: Tensor,
+) -> None:
+    """Add what cached tokens draw from rows of one query; other rows add nothing.
+
+    Args:
+        drawn: ``[num_pages, page_size]``, written in place: probabilities, summed over
+            the ``G`` heads. All others as in :func:`row_attention`.
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    starts = query_start.tolist()
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        first, last = starts[row], starts[row + 1]
+        if last - first != 1 or seq_len == 0:
+            continue
+        keys, _ = gather_row(pool, page_table[row], seq_len)
+        scores = scale * query[first].to(precise) @ keys.to(precise).T
+        token = torch.arange(seq_len, device=drawn.device)
+        page = page_table[row].long()[token // pool.shape[2]]
+        drawn[page, token % pool.shape[2]] += scores.softmax(-1).sum(0).to(drawn.dtype)
+
+
 def gather_row(pool: Tensor, pages: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     """K and V ``[seq_len, D]`` of the sequence in ``pages`` (``[W]``), in order."""
     page_size = pool.shape[2]

@@ -16,6 +16,10 @@ grid here is rows x longest row. Two kernels share a call:
   whole, long rows become many splits, whose results a second kernel joins;
 * rows of more queries are cut into tiles of queries x G, a program each.
 
+Decode may also emit what every cached token drew: the first kernel then leaves its
+scores beside the pool, and once a row's softmax is whole, ``triton_mass`` turns them
+into probabilities. Scores are ``G`` numbers a token where its key has ``D``.
+
 Every program finds its own row from ``query_start`` and ``seq_lens``, so the grids
 depend on shapes alone: nothing waits for the GPU, and CUDA graphs replay the launches.
 """
@@ -40,20 +44,25 @@ def _attend(
     mass,
     pool,
     pages,
+    scores,
     scale,
+    G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    EMIT: tl.constexpr,
 ):
     """Add keys ``first .. last - 1`` to the online softmax of ``query [M, HEAD_PAD]``.
 
     ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
-    query sees every key; MASKED lets query m see keys ``j < seen[m]``.
+    query sees every key; MASKED lets query m see keys ``j < seen[m]``. EMIT leaves the
+    first G queries' scores at ``scores[slot, g]``.
     """
     dim = tl.arange(0, HEAD_PAD)
+    head = tl.arange(0, query.shape[0])
     lane = tl.arange(0, BLOCK_N)
     # A block's pages are looked up one block ahead, or each load of keys would wait
     # for another load.
@@ -75,6 +84,9 @@ def _attend(
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         if MASKED:
             score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
+        if EMIT:
+            emitted = (head < G)[:, None] & (token < last)[None, :]
+            tl.store(scores + slot[None, :] * G + head[:, None], score, mask=emitted)
         new_peak = tl.maximum(peak, tl.max(score, 1))
         # A query that has seen nothing yet: -inf minus -inf would be NaN.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -104,7 +116,7 @@ def _row_blocks(row, rows, query_start, seq_lens, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _find_split(
+def find_split(
     program,
     query_start,
     seq_lens,
@@ -151,6 +163,8 @@ def split_kernel(
     partial,
     partial_softmax,
     row_splits,
+    scores,
+    row_softmax,
     scale,
     rows,
     programs,
@@ -163,10 +177,11 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EMIT: tl.constexpr,
 ):
     """One split of a row with one query: its output, or its share for join_kernel."""
     program = tl.program_id(0)
-    row, split, splits = _find_split(
+    row, split, splits = find_split(
         program, query_start, seq_lens, rows, programs, BLOCK_N, MIN_BLOCKS
     )
     if row >= rows:
@@ -190,17 +205,20 @@ def split_kernel(
     seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
-        q, first, whole, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
+        q, first, whole, seen, acc, peak, mass, pool, pages, scores, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False, EMIT,
     )  # fmt: skip
     acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
+        q, whole, last, seen, acc, peak, mass, pool, pages, scores, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True, EMIT,
     )  # fmt: skip
 
     if splits == 1:
         result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
         tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=wanted)
+        if EMIT:
+            tl.store(row_softmax + (row * G + head) * 2, peak, head < G)
+            tl.store(row_softmax + (row * G + head) * 2 + 1, mass, head < G)
     else:
         tl.store(partial + program.to(tl.int64) * (G * HEAD_SIZE) + at, acc, wanted)
         tl.store(partial_softmax + (program * G + head) * 2, peak, head < G)
@@ -217,10 +235,12 @@ def join_kernel(
     partial,
     partial_softmax,
     row_splits,
+    row_softmax,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
+    EMIT: tl.constexpr,
 ):
     """Join the splits of one (row, query head); rows of one split are done already."""
     row = tl.program_id(0)
@@ -254,6 +274,9 @@ def join_kernel(
         peak = new_peak
     where = out + (begin.to(tl.int64) * G + head) * HEAD_SIZE + dim
     tl.store(where, (acc / mass).to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    if EMIT:
+        tl.store(row_softmax + (row * G + head) * 2, peak)
+        tl.store(row_softmax + (row * G + head) * 2 + 1, mass)
 
 
 @triton.jit
@@ -320,12 +343,12 @@ def tile_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
-        q, 0, whole, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False,
+        q, 0, whole, seen, acc, peak, mass, pool, pages, pool, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False, False,
     )  # fmt: skip
     acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, scale,
-        HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True,
+        q, whole, last, seen, acc, peak, mass, pool, pages, pool, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True, False,
     )  # fmt: skip
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -23,6 +23,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kvserve.kernels.triton_attention import join_kernel, split_kernel, tile_kernel
+from kvserve.kernels.triton_mass import mass_kernel
 
 LOG2_E = 1.4426950408889634
 # A split below this many keys does not pay for joining it.
@@ -34,6 +35,23 @@ SPLIT_PROGRAMS = 2048
 SPLIT_PROGRAMS_PER_ROW = 64
 WRITES_AT_ONCE = 16
 COPY_AT_ONCE = 4096
+
+
+KEYS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Where decode adds up the attention that cached tokens draw.
+
+    Attributes:
+        drawn: ``[num_pages, page_size]`` float32; probabilities, summed over the ``G``
+            heads of each row of one query, are added in place.
+        scores: ``[num_pages, page_size, G]`` float32, for the kernels to work in.
+    """
+
+    drawn: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ def row_attention(
     scale: float,
     out: Tensor,
     max_query_len: int,
+    mass: Mass | None = None,
 ) -> None:
     """Causal attention of every row's queries over its own pages, into ``out``.
 
@@ -73,12 +92,13 @@ def row_attention(
             row's last page are never read.
         out: ``[n, G, D]`` contiguous, of query's type.
         max_query_len: an upper bound of every row's queries; 1 means decode alone.
+        mass: where to add what the tokens of rows of one query draw, if anywhere.
     """
     _check(query, pool, out, page_table)
     if seq_lens.numel() == 0 or query.numel() == 0:
         return
     rows = (query_start, seq_lens, page_table)
-    _attend_single(query, pool, *rows, scale, out)
+    _attend_single(query, pool, *rows, scale, out, mass)
     if max_query_len > 1:
         _attend_many(query, pool, *rows, scale, out, max_query_len)
 
@@ -99,6 +119,7 @@ def _attend_single(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    mass: Mass | None,
 ) -> None:
     """The rows of one query; arguments as in ``row_attention``."""
     rows, width = page_table.shape
@@ -113,20 +134,27 @@ def _attend_single(
     partial = query.new_empty(programs, group, head_size, dtype=torch.float32)
     partial_softmax = query.new_empty(programs, group, 2, dtype=torch.float32)
     row_splits = query.new_empty(rows, 2, dtype=torch.int32)
-    constants = _constants(query)
+    row_softmax = query.new_empty(rows, group, 2, dtype=torch.float32)
+    scores = row_softmax if mass is None else mass.scores
+    constants, launch = _constants(query), _launch(query, pool, tile)
+    emit, least = mass is not None, MIN_SPLIT_TOKENS // tile.block_n
     split_kernel[(programs,)](
         query, pool, query_start, seq_lens, page_table, out,
-        partial, partial_softmax, row_splits, scale * LOG2_E, rows, programs,
-        page_table.stride(0),
-        **constants,
-        **_launch(query, pool, tile),
-        MIN_BLOCKS=MIN_SPLIT_TOKENS // tile.block_n,
+        partial, partial_softmax, row_splits, scores, row_softmax,
+        scale * LOG2_E, rows, programs, page_table.stride(0),
+        **constants, **launch, MIN_BLOCKS=least, EMIT=emit,
     )  # fmt: skip
     if extra:
         join_kernel[(rows, group)](
-            query_start, out, partial, partial_softmax, row_splits,
-            **constants,
-            SPLITS_AT_ONCE=32,
+            query_start, out, partial, partial_softmax, row_splits, row_softmax,
+            **constants, SPLITS_AT_ONCE=32, EMIT=emit,
+        )  # fmt: skip
+    if mass is not None:
+        mass_kernel[(programs,)](
+            query_start, seq_lens, page_table, mass.scores, row_softmax, mass.drawn,
+            rows, programs, page_table.stride(0),
+            G=group, G_PAD=triton.next_power_of_2(group), PAGE_SIZE=pool.shape[2],
+            BLOCK_N=tile.block_n, MIN_BLOCKS=least, KEYS_AT_ONCE=KEYS_AT_ONCE,
         )  # fmt: skip
 
 

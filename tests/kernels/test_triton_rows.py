@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against the reference in float64, on random inputs.
 
-Without a GPU, ``TRITON_INTERPRET=1 pytest tests/gpu`` runs them (slowly) on the CPU.
+Without a GPU, ``TRITON_INTERPRET=1 pytest tests/kernels`` runs them on the CPU.
 """
 
 from __future__ import annotations
@@ -46,13 +46,28 @@ class Case:
     seq_lens: Tensor
     page_table: Tensor
 
-    def run(self, max_query_len: int) -> Tensor:
+    def run(self, max_query_len: int, mass: triton_rows.Mass | None = None) -> Tensor:
         out = torch.full_like(self.query, NAN)
         rows = self.query_start, self.seq_lens, self.page_table
         triton_rows.row_attention(
-            self.query, self.pool, *rows, self.scale, out, max_query_len
+            self.query, self.pool, *rows, self.scale, out, max_query_len, mass
         )
         return out
+
+    def empty_mass(self) -> triton_rows.Mass:
+        """Some mass in every slot already, and garbage to work in."""
+        pages, _, page_size, _ = self.pool.shape
+        scores = self.pool.new_full(
+            (pages, page_size, self.query.shape[1]), NAN, dtype=torch.float32
+        )
+        return triton_rows.Mass(torch.ones_like(scores[..., 0]), scores)
+
+    def wanted_mass(self) -> Tensor:
+        drawn = torch.ones(self.pool.shape[0], self.pool.shape[2], device=DEVICE)
+        rows = self.query_start, self.seq_lens, self.page_table
+        query, pool = self.query.double(), self.pool.double()
+        reference.add_row_mass(query, pool, *rows, self.scale, drawn)
+        return drawn
 
     def wanted(self) -> Tensor:
         return reference.row_attention(
@@ -123,6 +138,24 @@ class TestRowAttention:
         torch.manual_seed(group)
         case = make_case(lengths, group=group, page_size=page_size)
         check(case, max(lengths)[0])
+
+
+@pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_decode_adds_what_each_cached_token_draws(
+    lengths: list[tuple[int, int]], group: int
+) -> None:
+    torch.manual_seed(group)
+    case = make_case(lengths, group=group, head_size=64, page_size=32)
+    mass = case.empty_mass()
+    plain = case.run(max(lengths)[0])
+    assert torch.equal(case.run(max(lengths)[0], mass), plain)
+    wanted = case.wanted_mass()
+    assert (mass.drawn - wanted).abs().max() < ERROR[plain.dtype]
+    # A row of one query draws as much as it has heads.
+    rows = sum(1 for queries, keys in lengths if queries == 1 and keys)
+    total = float((mass.drawn - 1).sum())
+    assert total == pytest.approx(rows * group, rel=1e-3)
 
 
 def test_more_rows_than_a_program_looks_at_together() -> None:
