@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed-$(DEVICE)
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress plan loadtest dashboard clean
+.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress bench-openvino plan loadtest dashboard clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,7 @@ serve: $(STAMP)  ## Serve the embedded model on http://127.0.0.1:8000
 
 test: $(STAMP)  ## Run the test suite
 	$(BIN)/pytest -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
 test-unit: $(STAMP)  ## Run the tests that need no model weights
 	$(BIN)/pytest tests/unit
@@ -51,8 +52,15 @@ plan: $(STAMP)  ## Show what the default policy makes of a 512 MiB pool
 profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
 	$(BIN)/kvserve profile retrieval
 
-bench: $(STAMP)  ## Measure speed and memory side by side with stock vLLM
-	$(BIN)/python -m benchmarks.speed
+bench: $(STAMP)  ## Measure speed and capacity side by side with stock vLLM
+	for name in attention scheduler prefill decode serving; do \
+	  $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-openvino: $(STAMP)  ## The serving benchmark with OpenVINO GenAI beside it
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	$(BIN)/uv pip install -q -p .venv-openvino/bin/python -r requirements/openvino.txt
+	$(BIN)/python -m benchmarks.serving --engines none openvino openvino:1536 \
+	  retrieval:budget=0.25
 
 bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .venv-kvpress
 	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
@@ -79,4 +87,4 @@ lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	    -o requirements/$$device.lock; done
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-load .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-load .venv-openvino .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

