@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from kvserve.engine.rows import RowShapes
+from kvserve.engine.rows import Int32Array, RowShapes
 from kvserve.kernels import native, statistics
 from kvserve.kernels.statistics import CachedRows
 
@@ -101,8 +102,30 @@ class HalfLayout:
     is_transposed: bool
 
 
+@dataclass(frozen=True)
+class PlannedRows:
+    """A step's rows as a CPU's kernels want them.
+
+    Attributes:
+        singles: leading rows that have one query.
+        seq_lens: keys of each row, ``[rows]``, int32.
+        query_start: first query of each row behind the singles, counted from there.
+        schedule: what vLLM's kernel wants to know of the rows behind the singles;
+            ``None`` where there are none.
+    """
+
+    singles: int
+    seq_lens: torch.Tensor
+    query_start: torch.Tensor
+    schedule: torch.Tensor | None
+
+
 class CPUDevice:
-    """vLLM's stock CPU kernels, called with one KV head."""
+    """vLLM's stock CPU kernels, called with one KV head, and our own for decode.
+
+    Ours reads pages as vLLM's kernels lay them out on most CPUs; on others, for
+    float16, or without a C++ compiler, vLLM's does decode as well.
+    """
 
     def __init__(
         self, dtype: torch.dtype, group_size: int, head_size: int, page_size: int
@@ -113,10 +136,28 @@ class CPUDevice:
         self._page_size = page_size
         self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
 
-    def plan_rows(self, shapes: RowShapes) -> Any:
+    def plan_rows(self, shapes: RowShapes) -> PlannedRows:
         query_start = torch.from_numpy(shapes.query_start)
         seq_lens = torch.from_numpy(shapes.seq_lens)
-        schedule = ops.cpu_attn_get_scheduler_metadata(
+        singles = _leading_singles(shapes.query_start) if self._decodes else 0
+        behind = query_start[singles:] - query_start[singles]
+        schedule = None
+        if singles < len(seq_lens):
+            schedule = self._schedule(behind, seq_lens[singles:])
+        return PlannedRows(singles, seq_lens, behind, schedule)
+
+    @cached_property
+    def _decodes(self) -> bool:
+        """Whether our own kernel takes rows of one query."""
+        keys, values = self._layouts
+        known = keys.is_transposed and values.is_plain
+        sizes = self._head_size, self._page_size
+        return known and native.can_attend(self._dtype, *sizes)
+
+    def _schedule(
+        self, query_start: torch.Tensor, seq_lens: torch.Tensor
+    ) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
             num_heads=self._group_size,
             num_kv_heads=1,
@@ -129,7 +170,6 @@ class CPUDevice:
             isa=self._isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
-        return query_start, seq_lens, schedule
 
     def write(
         self,
@@ -235,24 +275,37 @@ class CPUDevice:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        query_start, seq_lens, schedule = rows
+        if rows.schedule is None:
+            lengths = rows.seq_lens
+            native.decode_attention(query, pool, lengths, page_table, scale, out)
+            return
+        singles = rows.singles
+        if singles:
+            mine = query[:singles], pool, rows.seq_lens[:singles], page_table[:singles]
+            native.decode_attention(*mine, scale, out[:singles])
         keys, values = _split(pool)
         ops.cpu_attention_with_kv_cache(
-            query=query,
+            query=query[singles:],
             key_cache=keys,
             value_cache=values,
-            output=out,
-            query_start_loc=query_start,
-            seq_lens=seq_lens,
+            output=out[singles:],
+            query_start_loc=rows.query_start,
+            seq_lens=rows.seq_lens[singles:],
             scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=page_table,
+            block_table=page_table[singles:],
             softcap=0.0,
-            scheduler_metadata=schedule,
+            scheduler_metadata=rows.schedule,
             s_aux=None,
         )
+
+
+def _leading_singles(query_start: Int32Array) -> int:
+    """Count the rows before the first that has not just one query."""
+    others = np.flatnonzero(np.diff(query_start) != 1)
+    return int(others[0]) if others.size else len(query_start) - 1
 
 
 def _split(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of a CPU, in C++: compiled at first need, for the CPU that runs it.
+"""Kernels of a CPU, in C++: compiled at first need, for the CPU that runs them.
 
-Calls are those of ``statistics``, which stands in where there is no compiler. The
-object is kept in the cache directory, under a name that says what it was made of.
-Processes that start together may each compile it: what they make is the same.
+Where there is no compiler, ``statistics`` stands in, and vLLM's attention. The object
+is kept in the cache directory, under a name that says what it was made of. Processes
+that start together may each compile it: what they make is the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,73 @@ from kvserve.kernels.statistics import CachedRows
 from kvserve.models import cache_dir
 
 _FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / "attention_mass.cpp", _FOLDER / "decode_mass.cpp"]
+_SOURCES = [
+    _FOLDER / "decode_attention.cpp",
+    _FOLDER / "attention_mass.cpp",
+    _FOLDER / "decode_mass.cpp",
+]
+_WIDTH_STEP = 32
+"""Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
 _HEADER = _FOLDER / "vectors.h"
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _CPU_FEATURES = ("flags", "Features")
 """What Linux calls the line, on x86 and on Arm."""
+
+
+def can_attend(dtype: torch.dtype, head_size: int, page_size: int) -> bool:
+    """Tell whether :func:`decode_attention` takes such pages."""
+    fits = head_size % _WIDTH_STEP == page_size % _WIDTH_STEP == 0
+    return fits and dtype in (torch.float32, torch.bfloat16) and library() is not None
+
+
+def decode_attention(
+    query: Tensor,
+    pool: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Attention of one query per row over its own pages; sums are float32.
+
+    Args:
+        query: ``[rows, G, d]``, contiguous, of the pool's type.
+        pool: ``[num_pages, 1, page_size, 2 * d]``; of a page, the first half has its
+            keys as ``[d, page_size]``, the second its values as ``[page_size, d]``.
+        lengths: keys of each row, ``[rows]``, int32; a row without any gets zeros.
+        page_table: ``[rows, W]``, int32.
+        out: ``[rows, G, d]``, contiguous.
+    """
+    rows, group, width = query.shape
+    assert lengths.dtype == page_table.dtype == torch.int32
+    assert page_table.stride(1) == 1
+    assert query.is_contiguous()
+    assert out.is_contiguous()
+    _decode_function(pool.dtype)(
+        page_table.data_ptr(),
+        page_table.stride(0),
+        lengths.data_ptr(),
+        rows,
+        pool.data_ptr(),
+        pool.shape[2],
+        width,
+        query.data_ptr(),
+        group,
+        scale,
+        out.data_ptr(),
+    )
+
+
+@cache
+def _decode_function(dtype: torch.dtype) -> Any:
+    """Every layer of every step calls it: arguments must not cost more than work."""
+    name = str(dtype).removeprefix("torch.")
+    function = getattr(library(), f"decode_attention_{name}")
+    array, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [array, number, array, number, array, number, number]
+    function.argtypes += [array, number, ctypes.c_float, array]
+    function.restype = None
+    return function
 
 
 def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -95,9 +158,10 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         print(
-            "kvserve: policies that sum attention read prompts a third slower, for "
-            f"{compiler} did not compile {_SOURCES[0].name}: install g++, or name a "
-            f"C++ compiler in CXX ({_reason(error)})",
+            "kvserve: decode is up to half as fast, and policies that sum attention "
+            f"read prompts a third slower, for {compiler} did not compile "
+            f"{_FOLDER.name}/*.cpp: install g++, or name a C++ compiler in CXX "
+            f"({_reason(error)})",
             file=sys.stderr,
         )
         return None
@@ -106,7 +170,7 @@ def library() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     content = [path.read_text() for path in (*_SOURCES, _HEADER)]
     made_of = repr([*content, compiler, *_FLAGS, _cpu()])
-    name = f"statistics-{sha256(made_of.encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{sha256(made_of.encode()).hexdigest()[:16]}.so"
     target = cache_dir() / "kernels" / name
     if target.exists():
         return target

@@ -23,6 +23,11 @@ constexpr float LOG2_E = 1.44269504f;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+struct Pair {
+    Floats first, second;
+};
 
 template <class Item> class Buffer {
   public:
@@ -53,6 +58,53 @@ inline float to_float(uint16_t bfloat16) {
     return number;
 }
 
+template <class Number> inline Number rounded(float number);
+
+template <> inline float rounded<float>(float number) { return number; }
+
+template <> inline uint16_t rounded<uint16_t>(float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    // To nearest, ties to even.
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float total(Floats numbers) {
+    float sum = 0;
+    for (int lane = 0; lane < LANES; ++lane)
+        sum += numbers[lane];
+    return sum;
+}
+
+inline float highest(const float *row, int64_t size) {
+    Floats most = vector_at(row);
+    for (int64_t i = LANES; i < size; i += LANES) {
+        const Floats next = vector_at(row + i);
+        most = next > most ? next : most;
+    }
+    float top = most[0];
+    for (int lane = 1; lane < LANES; ++lane)
+        top = std::max(top, most[lane]);
+    return top;
+}
+
+inline void store(float *place, Pair both) {
+    vector_at(place) = both.first;
+    vector_at(place + LANES) = both.second;
+}
+
+// The numbers of two vectors in turns: first[0], second[0], first[1], ...
+inline Pair interleaved(Pair turns) {
+    Ints low, high;
+    for (int lane = 0; lane < LANES; ++lane) {
+        low[lane] = lane / 2 + lane % 2 * LANES;
+        high[lane] = low[lane] + LANES / 2;
+    }
+    return {
+        __builtin_shuffle(turns.first, turns.second, low),
+        __builtin_shuffle(turns.first, turns.second, high)};
+}
+
 // 2 to the power of x <= 0, to float32 rounding; what would be subnormal is 0.
 inline Floats power_of_two(Floats x) {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the last bits.
@@ -72,17 +124,10 @@ inline Floats power_of_two(Floats x) {
 
 // Turn `size` logits (base 2), of which the first `seen` are visible, into powers below
 // their maximum, zeros behind. Returns the maximum, and the sum of the powers.
-inline float exponentiate(float *row, int64_t seen, int64_t size, float &total) {
+inline float exponentiate(float *row, int64_t seen, int64_t size, float &mass) {
     if (seen < size)
         std::fill(row + std::max<int64_t>(seen, 0), row + size, NEVER);
-    Floats most = vector_at(row);
-    for (int64_t i = LANES; i < size; i += LANES) {
-        const Floats next = vector_at(row + i);
-        most = next > most ? next : most;
-    }
-    float top = most[0];
-    for (int lane = 1; lane < LANES; ++lane)
-        top = std::max(top, most[lane]);
+    const float top = highest(row, size);
     // Where nothing is visible, NEVER less NEVER would be no number.
     const float base = seen > 0 ? top : 0;
     Floats sum = {};
@@ -91,9 +136,7 @@ inline float exponentiate(float *row, int64_t seen, int64_t size, float &total) 
         place = power_of_two(place - base);
         sum += place;
     }
-    total = 0;
-    for (int lane = 0; lane < LANES; ++lane)
-        total += sum[lane];
+    mass = total(sum);
     return top;
 }
 

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a decode step over head pages on a CPU: one query a row, whose pages are
+// read once, at the pace of memory.
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "vectors.h"
+
+namespace {
+
+// Tokens whose softmax is brought up to date together, and of which keys are multiplied
+// together: two vectors. Dimensions of which values are added up together.
+constexpr int64_t TOKENS = 128, KEYS = 2 * LANES, VALUES = 2 * LANES;
+// Query heads that share what was loaded; more take turns.
+constexpr int HEADS = 4;
+// A row is cut into no shorter parts than this many tokens.
+constexpr int64_t LEAST = 1024;
+// Tokens between what is read and what is fetched: pages lie anywhere, so no hardware
+// foresees the next.
+constexpr int64_t AHEAD = 64;
+// Tokens below which waking other threads takes longer than the work.
+constexpr int64_t WORTH_THREADS = 1024;
+
+// 2 * LANES numbers as two vectors that hold them in turns: `ordered` puts them in order.
+inline Pair load(const uint16_t *place) {
+    Words both;
+    std::memcpy(&both, place, sizeof both);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+}
+
+inline Pair load(const float *place) {
+    Pair both;
+    std::memcpy(&both, place, sizeof both);
+    return both;
+}
+
+inline Pair ordered(uint16_t, Pair turns) { return interleaved(turns); }
+inline Pair ordered(float, Pair both) { return both; }
+
+// Pages as the CPU's kernels lay them out: keys [width, page_size], then values
+// [page_size, width].
+template <class Number> struct Pool {
+    const Number *numbers;
+    int64_t page_size, width;
+
+    const Number *keys(int64_t page) const {
+        return numbers + page * 2 * page_size * width;
+    }
+    const Number *values(int64_t page) const {
+        return keys(page) + page_size * width;
+    }
+};
+
+// One part of one row: its heads' sums over some of the row's pages.
+struct Part {
+    int64_t row, first, last;
+};
+
+int64_t threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Multiply `heads` queries [width, HEADS] with KEYS tokens' keys, `stride` apart, and
+// fetch the keys that are `ahead`.
+template <int heads, class Number>
+void multiply(
+    const float *query, const Number *keys, const Number *ahead, int64_t width,
+    int64_t stride, float *logits) {
+    Pair sum[heads] = {};
+    for (int64_t d = 0; d < width; ++d) {
+        __builtin_prefetch(ahead + d * stride);
+        const Pair key = load(keys + d * stride);
+#pragma GCC unroll 4
+        for (int head = 0; head < heads; ++head) {
+            sum[head].first += query[d * HEADS + head] * key.first;
+            sum[head].second += query[d * HEADS + head] * key.second;
+        }
+    }
+    for (int head = 0; head < heads; ++head)
+        store(logits + head * TOKENS, ordered(Number{}, sum[head]));
+}
+
+// Add `count` tokens' values [count, width] of VALUES dimensions, weighted, to `sums`,
+// and fetch the values that are `ahead`.
+template <int heads, class Number>
+void accumulate(
+    const float *weights, const Number *values, const Number *ahead, int64_t count,
+    int64_t width, float *sums) {
+    Pair sum[heads];
+    for (int head = 0; head < heads; ++head)
+        sum[head] = {
+            vector_at(sums + head * width), vector_at(sums + head * width + LANES)};
+    for (int64_t token = 0; token < count; ++token) {
+        __builtin_prefetch(ahead + token * width);
+        const Pair value = load(values + token * width);
+#pragma GCC unroll 4
+        for (int head = 0; head < heads; ++head) {
+            sum[head].first += weights[head * TOKENS + token] * value.first;
+            sum[head].second += weights[head * TOKENS + token] * value.second;
+        }
+    }
+    for (int head = 0; head < heads; ++head)
+        store(sums + head * width, sum[head]);
+}
+
+// The online softmax of one part, for all heads of the row.
+template <class Number> class Attention {
+  public:
+    Attention(const Pool<Number> &pool, int64_t group, float factor)
+        : pool_(pool), group_(group), quads_((group + HEADS - 1) / HEADS),
+          factor_(factor), queries_(quads_ * HEADS * pool.width),
+          logits_(HEADS * TOKENS) {}
+
+    // Leave sums [group, width], in the order of `load`, peaks and masses [group].
+    void run(
+        const Number *query, const int32_t *pages, int64_t first, int64_t last,
+        float *sums, float *peaks, float *masses) {
+        pack(query);
+        std::fill(sums, sums + group_ * pool_.width, 0.0f);
+        std::fill(peaks, peaks + group_, NEVER);
+        std::fill(masses, masses + group_, 0.0f);
+        for (int64_t start = first; start < last; start += TOKENS) {
+            for (int64_t head = 0; head < group_; head += HEADS) {
+                float *const own = sums + head * pool_.width;
+                switch (std::min<int64_t>(group_ - head, HEADS)) {
+                case 1:
+                    step<1>(pages, start, last, head, own, peaks, masses);
+                    break;
+                case 2:
+                    step<2>(pages, start, last, head, own, peaks, masses);
+                    break;
+                case 3:
+                    step<3>(pages, start, last, head, own, peaks, masses);
+                    break;
+                default:
+                    step<HEADS>(pages, start, last, head, own, peaks, masses);
+                }
+            }
+        }
+    }
+
+  private:
+    void pack(const Number *query) {
+        for (int64_t head = 0; head < group_; ++head)
+            for (int64_t d = 0; d < pool_.width; ++d)
+                queries_[(head / HEADS * pool_.width + d) * HEADS + head % HEADS] =
+                    to_float(query[head * pool_.width + d]) * factor_;
+    }
+
+    template <int heads>
+    void step(
+        const int32_t *pages, int64_t start, int64_t last, int64_t head, float *sums,
+        float *peaks, float *masses) {
+        const int64_t count = std::min(TOKENS, last - start);
+        const int64_t size = pool_.page_size, width = pool_.width;
+        const float *query = queries_ + head * width;
+        for (int64_t token = 0; token < count; token += KEYS) {
+            const int64_t at = start + token, next = std::min(at + AHEAD, last - 1);
+            multiply<heads>(
+                query, pool_.keys(pages[at / size]) + at % size,
+                pool_.keys(pages[next / size]) + next % size, width, size,
+                logits_ + token);
+        }
+        const int64_t padded = (count + KEYS - 1) / KEYS * KEYS;
+        for (int i = 0; i < heads; ++i)
+            soften(logits_ + i * TOKENS, count, padded, sums + i * width,
+                   peaks[head + i], masses[head + i]);
+        for (int64_t token = 0; token < count;) {
+            const int64_t at = start + token;
+            const int64_t run = std::min(size - at % size, count - token);
+            const Number *values = pool_.values(pages[at / size]) + at % size * width;
+            const int64_t next = std::min(at + AHEAD, last - 1) / size;
+            const Number *ahead = pool_.values(pages[next]);
+            for (int64_t d = 0; d < width; d += VALUES)
+                accumulate<heads>(
+                    logits_ + token, values + d, ahead + d, run, width, sums + d);
+            token += run;
+        }
+    }
+
+    // Turn logits into powers below the new peak, and bring the sums down to it.
+    void soften(
+        float *logits, int64_t count, int64_t padded, float *sums, float &peak,
+        float &mass) {
+        std::fill(logits + count, logits + padded, NEVER);
+        const float top = std::max(peak, highest(logits, padded));
+        if (top > peak) {
+            const float fade = power_of_two(Floats{} + (peak - top))[0];
+            for (int64_t d = 0; d < pool_.width; d += LANES)
+                vector_at(sums + d) *= fade;
+            mass *= fade;
+            peak = top;
+        }
+        Floats drawn = {};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            Floats &place = vector_at(logits + i);
+            place = power_of_two(place - peak);
+            drawn += place;
+        }
+        mass += total(drawn);
+    }
+
+    const Pool<Number> pool_;
+    const int64_t group_, quads_;
+    const float factor_;
+    Buffer<float> queries_, logits_;
+};
+
+// What all parts of a call leave behind.
+struct Sums {
+    Buffer<float> sums, peaks, masses;
+
+    Sums(int64_t parts, int64_t group, int64_t width)
+        : sums(parts * group * width), peaks(parts * group), masses(parts * group) {}
+};
+
+// Cut rows of `tokens` tokens in all so that threads have about equally much to read.
+std::vector<Part> cut(const int32_t *lengths, int64_t rows, int64_t tokens) {
+    // A few parts for each thread even out what they take.
+    const int64_t aim = std::max(LEAST, tokens / (4 * threads()));
+    std::vector<Part> parts;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t count = std::max<int64_t>((lengths[row] + aim / 2) / aim, 1);
+        const int64_t each = (lengths[row] / count / TOKENS + 1) * TOKENS;
+        for (int64_t first = 0; first == 0 || first < lengths[row]; first += each)
+            parts.push_back({row, first, std::min<int64_t>(first + each, lengths[row])});
+    }
+    return parts;
+}
+
+// Join the parts of one row, and write its heads.
+template <class Number>
+void join(
+    const Sums &found, int64_t first, int64_t last, int64_t group, int64_t width,
+    Number *out) {
+    for (int64_t head = 0; head < group; ++head) {
+        float peak = NEVER, mass = 0;
+        for (int64_t part = first; part < last; ++part)
+            peak = std::max(peak, found.peaks[part * group + head]);
+        float *const sums = found.sums + (first * group + head) * width;
+        for (int64_t part = first; part < last; ++part) {
+            const int64_t at = part * group + head;
+            const float share = found.masses[at] > 0
+                ? power_of_two(Floats{} + (found.peaks[at] - peak))[0] : 0;
+            mass += found.masses[at] * share;
+            const float *own = found.sums + at * width;
+            for (int64_t d = 0; d < width; d += LANES)
+                vector_at(sums + d) = part == first
+                    ? vector_at(own + d) * share
+                    : vector_at(sums + d) + vector_at(own + d) * share;
+        }
+        const float factor = mass > 0 ? 1 / mass : 0;
+        for (int64_t d = 0; d < width; d += VALUES) {
+            const Pair both = {
+                vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
+            store(sums + d, ordered(Number{}, both));
+        }
+        for (int64_t d = 0; d < width; ++d)
+            out[head * width + d] = rounded<Number>(sums[d]);
+    }
+}
+
+template <class Number>
+void decode(
+    const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
+    const Pool<Number> &pool, const Number *query, int64_t group, float scale,
+    Number *out) {
+    const int64_t width = pool.width;
+    const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
+    const std::vector<Part> parts = cut(lengths, rows, tokens);
+    const int64_t count = parts.size();
+    const Sums found(count, group, width);
+#pragma omp parallel if (tokens > WORTH_THREADS)
+    {
+        Attention<Number> attention(pool, group, scale * LOG2_E);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) {
+            const Part &part = parts[i];
+            attention.run(
+                query + part.row * group * width, table + part.row * stride, part.first,
+                part.last, found.sums + i * group * width, found.peaks + i * group,
+                found.masses + i * group);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) {
+            if (parts[i].first > 0)
+                continue;
+            int64_t last = i + 1;
+            while (last < count && parts[last].row == parts[i].row)
+                ++last;
+            join(found, i, last, group, width, out + parts[i].row * group * width);
+        }
+    }
+}
+
+} // namespace
+
+// Arrays are contiguous, but for the page table, whose rows are `stride` apart. The pool
+// is [num_pages, 2, page_size * width]: keys [width, page_size], values [page_size,
+// width]. A row without tokens gets zeros.
+extern "C" {
+
+void decode_attention_float32(
+    const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
+    const float *pool, int64_t page_size, int64_t width, const float *query,
+    int64_t group, float scale, float *out) {
+    const Pool<float> pages{pool, page_size, width};
+    decode(table, stride, lengths, rows, pages, query, group, scale, out);
+}
+
+void decode_attention_bfloat16(
+    const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
+    const uint16_t *pool, int64_t page_size, int64_t width, const uint16_t *query,
+    int64_t group, float scale, uint16_t *out) {
+    const Pool<uint16_t> pages{pool, page_size, width};
+    decode(table, stride, lengths, rows, pages, query, group, scale, out);
+}
+}
