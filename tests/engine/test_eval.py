@@ -71,7 +71,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_cells(
     report: Path, tmp_path: Path
 ) -> None:
     command = [*_COMMAND, "eval", *_SMALL, *_TASKS, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env=_environment())
+    # Whatever runs in the background has Ctrl-C switched off, and hands that down.
+    process = subprocess.Popen(
+        command, env=_environment(), preexec_fn=_listen_to_interrupts
+    )
     try:
         _wait(lambda: len(_lines(tmp_path)) >= 2, process)
     finally:
@@ -93,6 +96,10 @@ def _lines(out: Path) -> list[str]:
 def _environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     return {**kept, "OMP_WAIT_POLICY": "passive"}
+
+
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(ready: Any, process: subprocess.Popen[bytes], seconds: int = 240) -> None:

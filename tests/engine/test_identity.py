@@ -7,7 +7,7 @@ Stock vLLM runs with the same settings, so that what differs is the cache alone.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -25,7 +25,6 @@ STEPS = 16
 LOGPROB_TOLERANCE = 1e-3
 TIE = 0.25
 """Two steps of a bfloat16 logit between 16 and 32."""
-MOST_TIES = 2
 
 WIDE: dict[str, dict[str, Any]] = {
     "full": {},
@@ -148,6 +147,12 @@ def is_tie(found: Reply, expected: Reply) -> bool:
     return ours in best and best[theirs] - best[ours] < TIE
 
 
+def parted(found: list[Reply], expected: list[Reply]) -> list[tuple[Reply, Reply]]:
+    """Pairs of replies that are not the same."""
+    pairs = zip(found, expected, strict=True)
+    return [(ours, theirs) for ours, theirs in pairs if ours.tokens != theirs.tokens]
+
+
 @pytest.mark.parametrize(("policy", "setting"), COVERING, ids=str)
 def test_tokens_and_logprobs_are_stock_vllms(
     engines: EngineSlot,
@@ -183,14 +188,11 @@ def test_in_bfloat16_answers_part_at_ties_only(
 ) -> None:
     model, setting = models["smollm2"], Setting(8, 512, dtype="bfloat16")
     expected = stock.replies(model, setting)
-    found = run(engines, model, policy, setting)
-    parted = [
-        (ours, theirs)
-        for ours, theirs in zip(found, expected, strict=True)
-        if ours.tokens != theirs.tokens
-    ]
-    assert all(is_tie(ours, theirs) for ours, theirs in parted)
-    assert len(parted) <= MOST_TIES
+    ours = parted(run(engines, model, policy, setting), expected)
+    assert all(is_tie(*pair) for pair in ours)
+    # Stock vLLM rounds otherwise, and parts from itself, when its batches are others.
+    alone = stock.replies(model, replace(setting, batch=1))
+    assert len(ours) <= len(parted(alone, expected)) < NUM_PROMPTS / 2
 
 
 @pytest.mark.slow
