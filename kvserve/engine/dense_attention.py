@@ -112,7 +112,7 @@ class DensePagedAttention(HeadPagedAttention):
         if mass is not None:
             self._evict_for(dense, mass, slots)
         self._device.write(key, value, kv_cache, slots)
-        self._state.position.view(-1)[slots] = dense.positions
+        self._state.position.view(-1).index_copy_(0, slots, dense.positions)
         if mass is not None:
             mass.view(-1).index_fill_(0, slots, 0)
 
