@@ -4,10 +4,9 @@
 Every request has one query token and ``k`` kept tokens in each of its KV heads. Layers
 have pages of their own and run one after the other, as in a model, so that what does
 not fit the cache comes from memory. The bound is bytes of keys and values over the
-read rate of the same minute. With ``--device cuda`` the kernels run without vLLM.
+read rate of the same minute. ``benchmarks.gpu_rows`` times the Triton kernels.
 
     python -m benchmarks.attention --kept 512 4096 --requests 1 16
-    python -m benchmarks.attention --device cuda --full 32768
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 """Engines that take turns in one process, and what a step of theirs takes.
 
 Engines are named as ``kvserve eval`` names policies, ``NAME[:KEY=VALUE,...]``, where
-``budget=`` is of a decode request; ``none`` is stock vLLM, and ``weights`` stock vLLM
-whose attention does nothing: the time that no cache policy can go below.
+``budget=`` is of a decode request; ``none[:OPTION=VALUE,...]`` is stock vLLM with some
+of its options, and ``weights`` stock vLLM whose attention does nothing: the time that
+no cache policy can go below.
 """
 
 from __future__ import annotations
@@ -31,6 +32,27 @@ from kvserve.models import resolve_model
 STOCK, WEIGHTS = "none", "weights"
 
 
+def start_engine(
+    name: str, model: str | None, tokens: int, options: Mapping[str, Any]
+) -> Any:
+    """Start an engine, as :class:`TimedEngine` says, and return the ``LLM``."""
+    policy, _, own = name.partition(":")
+    chosen: dict[str, Any] = {"policy": None, "enable_prefix_caching": False}
+    if policy in (STOCK, WEIGHTS):
+        chosen |= dict(pair.split("=", 1) for pair in own.split(",") if pair)
+    else:
+        spec = PolicySpec.parse(name)
+        arguments = spec.arguments(tokens, shape_of(resolve_model(model)))
+        chosen = {"policy": spec.name, "policy_args": arguments}
+    return LLM(model, **chosen, **options)
+
+
+def random_prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
+    """Token ids that no engine has seen, the same for all engines."""
+    ids = random.Random(seed)
+    return [[ids.randrange(100, 40000) for _ in range(tokens)] for _ in range(count)]
+
+
 class TimedEngine:
     """An engine, and the times of its steps.
 
@@ -44,13 +66,8 @@ class TimedEngine:
     def __init__(
         self, name: str, model: str | None, tokens: int, options: Mapping[str, Any]
     ) -> None:
-        chosen: dict[str, Any] = {"policy": None, "enable_prefix_caching": False}
-        if name not in (STOCK, WEIGHTS):
-            spec = PolicySpec.parse(name)
-            arguments = spec.arguments(tokens, shape_of(resolve_model(model)))
-            chosen = {"policy": spec.name, "policy_args": arguments}
         self.name = name
-        self._engine: Any = LLM(model, **chosen, **options).llm_engine
+        self._engine: Any = start_engine(name, model, tokens, options).llm_engine
 
     def prefill(self, tokens: int, seed: int) -> float:
         """Seconds from a queued prompt to its first token."""
@@ -75,10 +92,8 @@ class TimedEngine:
             return statistics.median(times[2:])
 
     def _add(self, count: int, prompt: int, output: int, seed: int) -> None:
-        tokens = random.Random(seed)
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        for number in range(count):
-            ids = [tokens.randrange(100, 40000) for _ in range(prompt)]
+        for number, ids in enumerate(random_prompts(count, prompt, seed)):
             request = {"prompt_token_ids": ids}
             self._engine.add_request(f"{seed}-{number}", request, params)
 

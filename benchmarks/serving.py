@@ -17,8 +17,6 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import random
 import statistics
 import subprocess
 import time
@@ -26,30 +24,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 from tqdm import tqdm
 from vllm import SamplingParams
 
+from benchmarks.engines import STOCK, random_prompts, start_engine
 from benchmarks.tables import OUT, Report, Table
-from kvserve import LLM
-from kvserve.evaluation.budgets import PolicySpec
-from kvserve.evaluation.model import shape_of
-from kvserve.models import gguf_file, resolve_model
+from kvserve.models import gguf_file
 from kvserve.units import parse_bytes
 
-STOCK, OPENVINO = "none", "openvino"
-COLUMNS = [
-    "engine",
-    "total s",
-    "speed",
-    "requests/s",
-    "output tok/s",
-    "TTFT s",
-    "of first",
-]
-COLUMNS += ["ITL ms", "p99", "most at once", "preempted"]
+OPENVINO = "openvino"
+COLUMNS = ["engine", "total s", "speed", "requests/s", "output tok/s", "TTFT s"]
+COLUMNS += ["of first", "ITL ms", "p99", "most at once", "preempted"]
 
 
 @dataclass
@@ -88,34 +73,21 @@ class Result:
 
 
 def make_engine(name: str, args: argparse.Namespace) -> Any:
-    """Start an engine; what follows ``none:`` are options of vLLM."""
-    policy, _, rest = name.partition(":")
+    """Start an engine with room for all requests at once, but for its cache."""
     tokens = args.prompt + args.output
-    chosen: dict[str, Any] = {"policy": None, "enable_prefix_caching": False}
-    if policy == STOCK:
-        chosen |= dict(pair.split("=", 1) for pair in rest.split(",") if pair)
-    else:
-        spec = PolicySpec.parse(name)
-        arguments = spec.arguments(tokens, shape_of(resolve_model(args.model)))
-        chosen = {"policy": spec.name, "policy_args": arguments}
-    return LLM(
-        args.model,
-        **chosen,
-        max_model_len=tokens + 64,
-        max_num_seqs=args.requests,
-        max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=parse_bytes(args.kv_memory, "--kv-memory"),
-        enforce_eager=args.eager,
-    )
+    options = {
+        "max_model_len": tokens + 64,
+        "max_num_seqs": args.requests,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": parse_bytes(args.kv_memory, "--kv-memory"),
+        "enforce_eager": args.eager,
+    }
+    return start_engine(name, args.model, tokens, options)
 
 
 def prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Random tokens, the same for every engine."""
-    tokens = random.Random(0)
-    return [
-        [tokens.randrange(100, 40000) for _ in range(args.prompt)]
-        for _ in range(args.requests)
-    ]
+    """The load, the same for every engine."""
+    return random_prompts(args.requests, args.prompt, seed=0)
 
 
 def run_openvino(name: str, args: argparse.Namespace) -> Result:
