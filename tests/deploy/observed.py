@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from tests.deploy.conftest import DEPLOY, find_tool, load_yaml
+from tests.engine.servers import free_port
 
 _FOLDER = DEPLOY / "prometheus"
 
@@ -56,9 +56,7 @@ class Prometheus:
 @contextlib.contextmanager
 def running_prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
     """Scrape ``target`` (host:port) every second with what deploy/prometheus/ says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [
         find_tool("prometheus"),
         f"--config.file={_configure(target, folder)}",

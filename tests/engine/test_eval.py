@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from kvserve.cli import main
 from tests.engine.harness import EngineSlot
+from tests.engine.servers import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -113,9 +113,7 @@ def _wait(ready: Any, process: subprocess.Popen[bytes], seconds: int = 240) -> N
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """A server of the last page alone, which takes forced tokens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *(*_COMMAND, "serve", "--host", "127.0.0.1", "--port", str(port)),
         *("--policy", "sink-recent", "--policy-arg", "sinks=1"),

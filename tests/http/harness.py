@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from tests.engine.servers import free_port
 
 MODEL = "SmolLM2-135M-Instruct"
 KEY = "a-key-for-tests"
@@ -38,9 +39,7 @@ class Server:
     """
 
     def __init__(self, directory: Path, *options: str, key: str | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.base, self.key = f"http://127.0.0.1:{self.port}", key
         self._log = directory / "log"
         command = [
