@@ -135,6 +135,8 @@ class CPUDevice:
         self._head_size = head_size
         self._page_size = page_size
         self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
+        # Asked for here, so that no request waits for a compiler.
+        self._decodes = self._can_decode()
 
     def plan_rows(self, shapes: RowShapes) -> PlannedRows:
         query_start = torch.from_numpy(shapes.query_start)
@@ -146,9 +148,8 @@ class CPUDevice:
             schedule = self._schedule(behind, seq_lens[singles:])
         return PlannedRows(singles, seq_lens, behind, schedule)
 
-    @cached_property
-    def _decodes(self) -> bool:
-        """Whether our own kernel takes rows of one query."""
+    def _can_decode(self) -> bool:
+        """Tell whether our own kernel takes rows of one query."""
         keys, values = self._layouts
         known = keys.is_transposed and values.is_plain
         sizes = self._head_size, self._page_size

@@ -87,8 +87,7 @@ def decode_attention(
 @cache
 def _decode_function(dtype: torch.dtype) -> Any:
     """Every layer of every step calls it: arguments must not cost more than work."""
-    name = str(dtype).removeprefix("torch.")
-    function = getattr(library(), f"decode_attention_{name}")
+    function = getattr(library(), f"decode_attention_{_name(dtype)}")
     array, number = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [array, number, array, number, array, number, number]
     function.argtypes += [array, number, ctypes.c_float, array]
@@ -107,7 +106,7 @@ def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
     query, key = query.contiguous(), key.contiguous()
     mass = torch.empty(kv_heads, keys)
     sizes = kv_heads, len(query) // kv_heads, query.shape[1], keys, width
-    _call(f"attention_mass_{_name(key)}", query, key, mass, *sizes, scale)
+    _call(f"attention_mass_{_name(key.dtype)}", query, key, mass, *sizes, scale)
     return mass
 
 
@@ -128,7 +127,7 @@ def add_row_attention(
             ``[d, page_size]`` int32; ``None`` where they are ``[d, page_size]``.
     """
     group, width = query.shape[1:]
-    name = f"add_row_attention_{_name(pool)}"
+    name = f"add_row_attention_{_name(pool.dtype)}"
     rows = _rows(cached)
     _call(name, *rows, pool, places, width, query.contiguous(), group, scale, mass)
 
@@ -201,8 +200,8 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     return lines[0] if lines else f"exit status {error.returncode}"
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rows(cached: CachedRows) -> tuple[Tensor | int, ...]:
