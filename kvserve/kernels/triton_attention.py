@@ -152,6 +152,14 @@ def find_split(
     return row, program - first, next_first - first
 
 
+@triton.jit
+def split_keys(split, splits, seq_len, BLOCK_N: tl.constexpr):
+    """(first, last) key of a split, the last exclusive; the first at a block's edge."""
+    blocks = tl.cdiv(seq_len, BLOCK_N)
+    first = split * blocks // splits * BLOCK_N
+    return first, tl.minimum((split + 1) * blocks // splits * BLOCK_N, seq_len)
+
+
 @triton.jit(do_not_specialize=["rows", "programs", "table_stride"])
 def split_kernel(
     query,
@@ -187,9 +195,7 @@ def split_kernel(
     if row >= rows:
         return
     seq_len = tl.load(seq_lens + row)
-    blocks = tl.cdiv(seq_len, BLOCK_N)
-    first = split * blocks // splits * BLOCK_N
-    last = tl.minimum((split + 1) * blocks // splits * BLOCK_N, seq_len)
+    first, last = split_keys(split, splits, seq_len, BLOCK_N)
     whole = last // BLOCK_N * BLOCK_N
 
     head = tl.arange(0, BLOCK_M)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from kvserve.kernels.triton_attention import find_split
+from kvserve.kernels.triton_attention import find_split, split_keys
 
 
 @triton.jit(do_not_specialize=["rows", "programs", "table_stride"])
@@ -36,9 +36,7 @@ def mass_kernel(
     if row >= rows:
         return
     seq_len = tl.load(seq_lens + row)
-    blocks = tl.cdiv(seq_len, BLOCK_N)
-    first = split * blocks // splits * BLOCK_N
-    last = tl.minimum((split + 1) * blocks // splits * BLOCK_N, seq_len)
+    first, last = split_keys(split, splits, seq_len, BLOCK_N)
     head = tl.arange(0, G_PAD)
     at = (row * G + head) * 2
     peak = tl.load(row_softmax + at, mask=head < G, other=0.0)
