@@ -28,6 +28,7 @@ from kvserve import LLM
 from kvserve.evaluation.budgets import PolicySpec
 from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
+from kvserve.processor import default_dtype
 
 STOCK, WEIGHTS = "none", "weights"
 
@@ -123,7 +124,7 @@ def add_engine_arguments(
     parser.add_argument("--model", default=None)
     parser.add_argument("--engines", nargs="+", default=list(engines), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--block-size", type=int, help="of kvserve's pages, in tokens")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
 

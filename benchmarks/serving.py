@@ -30,6 +30,7 @@ from vllm import SamplingParams
 from benchmarks.engines import STOCK, random_prompts, start_engine
 from benchmarks.tables import OUT, Report, Table
 from kvserve.models import gguf_file
+from kvserve.processor import default_dtype
 from kvserve.units import parse_bytes
 
 OPENVINO = "openvino"
@@ -81,6 +82,7 @@ def make_engine(name: str, args: argparse.Namespace) -> Any:
         "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": parse_bytes(args.kv_memory, "--kv-memory"),
         "enforce_eager": args.eager,
+        "dtype": args.dtype,
     }
     return start_engine(name, args.model, tokens, options)
 
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=6000)
     parser.add_argument("--output", type=int, default=384)
     parser.add_argument("--kv-memory", default="512MiB")
+    parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--openvino-python", default=".venv-openvino/bin/python")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -12,6 +12,7 @@ from kvserve.engine.options import engine_options, prepare_environment
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.models import resolve_model
+from kvserve.processor import settle_dtype
 
 
 class LLM(vllm.LLM):
@@ -40,6 +41,7 @@ class LLM(vllm.LLM):
     ) -> None:
         prepare_environment(vllm_kwargs)
         options: dict[str, Any] = {"model": resolve_model(model), **vllm_kwargs}
+        options["dtype"] = settle_dtype(options.get("dtype"))
         if policy is not None:
             settings = PolicySettings(policy, dict(policy_args or {}))
             options = engine_options(settings, options)

@@ -26,6 +26,7 @@ from kvserve.errors import UserError
 from kvserve.http.draining import engine_died
 from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
+from kvserve.processor import settle_dtype
 from policies.head_scores import has_shipped_profile
 from policies.registry import create_policy, parse_arguments
 
@@ -100,6 +101,7 @@ def serve(argv: list[str]) -> int:
     args.middleware = [*args.middleware, *MIDDLEWARE]
     args.subparser = "serve"
     _resolve_model(args)
+    args.dtype = settle_dtype(args.dtype)
     prepare_environment(vars(args))
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if settings is not None:

@@ -31,6 +31,7 @@ from kvserve.evaluation.summary import Line, Summary
 from kvserve.evaluation.tasks import Task, built_in
 from kvserve.evaluation.user_task import load_user_task
 from kvserve.models import EMBEDDED_MODEL
+from kvserve.processor import default_dtype
 from kvserve.units import parse_bytes
 
 _BOOK: Book = "persuasion"
@@ -122,7 +123,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="draws all prompts (default: 0)"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16"
+        "--dtype",
+        choices=DTYPES,
+        default=default_dtype(),
+        help="default: bfloat16, or float32 where that is much faster",
     )
     parser.add_argument(
         "--kv-memory",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvserve.cli import main
+from kvserve.processor import default_dtype
 from tests.engine.harness import EngineSlot
 from tests.engine.servers import free_port
 
@@ -117,7 +118,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     command = [
         *(*_COMMAND, "serve", "--host", "127.0.0.1", "--port", str(port)),
         *("--policy", "sink-recent", "--policy-arg", "sinks=1"),
-        *("--policy-arg", "recent=32", "--dtype", "bfloat16", "--enforce-eager"),
+        *("--policy-arg", "recent=32", "--dtype", default_dtype(), "--enforce-eager"),
         *("--kv-cache-memory-bytes", "256M", "--max-model-len", "1024"),
         *("--max-num-seqs", "8", "--max-num-batched-tokens", "2048"),
         *("--logits-processors", "kvserve.engine.forced:ForcedTokens"),

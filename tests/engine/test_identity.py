@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvserve.processor import multiplies_bfloat16
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, EngineSlot, Reply, random_prompts
 
@@ -182,6 +183,9 @@ def test_a_real_model_answers_as_under_stock_vllm(
         pytest.param("sink-recent", marks=pytest.mark.slow),
         pytest.param("retrieval", marks=pytest.mark.slow),
     ],
+)
+@pytest.mark.skipif(
+    not multiplies_bfloat16(), reason="takes half an hour without AVX-512"
 )
 def test_in_bfloat16_answers_part_at_ties_only(
     engines: EngineSlot, models: dict[str, Model], stock: Stock, policy: str

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from kvserve.evaluation.families import MAGIC_NUMBERS
 from kvserve.evaluation.needles import build_prompt, score
+from kvserve.processor import default_dtype
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, EngineSlot
 
@@ -31,7 +32,7 @@ def _accuracy(
         model.path,
         policy,
         policy_args,
-        dtype="bfloat16",
+        dtype=default_dtype(),
         max_model_len=4096 + 64,
         max_num_batched_tokens=2048,
         kv_cache_memory_bytes=1024 * MIB,
