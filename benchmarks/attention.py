@@ -79,7 +79,7 @@ def head_pages(case: Case) -> Pass:
     pool = torch.randn(sum(map(torch.numel, tables)), 1, PAGE, 2 * case.size).bfloat16()
     starts = np.arange(case.rows + 1, dtype=np.int32)
     lengths = np.full(case.rows, case.kept, dtype=np.int32)
-    rows = device.plan_rows(RowShapes(starts, lengths))
+    rows = device.plan_rows(RowShapes(case.rows, starts, lengths, np.arange(case.rows)))
     query = torch.randn(case.rows, case.group, case.size).bfloat16()
     out, scale = torch.empty_like(query), case.size**-0.5
 

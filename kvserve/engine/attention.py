@@ -102,23 +102,14 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             kv_cache,
             meta,
         )
-        query_rows = self._to_rows(query[:tokens], meta.num_decode_tokens)
-        only_decode = meta.num_decode_tokens == tokens
-        output_rows = (
-            output[:tokens].view(query_rows.shape)
-            if only_decode
-            else torch.empty_like(query_rows)
-        )
         self._device.attend(
-            query_rows,
+            query[:tokens],
             kv_cache,
             meta.rows[this],
             meta.page_tables[this],
             self.scale,
-            output_rows,
+            output[:tokens],
         )
-        if not only_decode:
-            self._from_rows(output_rows, output[:tokens], meta.num_decode_tokens)
         if meta.copies and len(meta.copies[this][0]):
             source, target = meta.copies[this]
             with meta.clock.compacting():
@@ -141,34 +132,3 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
     ) -> None:
         """Look at the step once it is attended to; policies of positions need not."""
-
-    def _to_rows(self, query: torch.Tensor, num_decodes: int) -> torch.Tensor:
-        """Lay queries out as rows want them, ``[tokens * H_kv, G, D]``."""
-        group, width = self._group_size, self.head_size
-        if num_decodes == len(query):
-            return query.reshape(-1, group, width)
-        rows = query.new_empty(len(query) * self._num_kv_heads, group, width)
-        rows[: num_decodes * self._num_kv_heads] = query[:num_decodes].reshape(
-            -1, group, width
-        )
-        self._prefill_part(rows, num_decodes).copy_(
-            query[num_decodes:].reshape(-1, self._num_kv_heads, group * width)
-        )
-        return rows
-
-    def _from_rows(
-        self, rows: torch.Tensor, output: torch.Tensor, num_decodes: int
-    ) -> None:
-        decode = rows[: num_decodes * self._num_kv_heads]
-        output[:num_decodes] = decode.view(output[:num_decodes].shape)
-        prefill = output[num_decodes:]
-        by_head = self._group_size * self.head_size
-        prefill.view(len(prefill), self._num_kv_heads, by_head).copy_(
-            self._prefill_part(rows, num_decodes)
-        )
-
-    def _prefill_part(self, rows: torch.Tensor, num_decodes: int) -> torch.Tensor:
-        """View head-major prefill rows by token, ``[tokens, H_kv, G * D]``."""
-        prefill = rows[num_decodes * self._num_kv_heads :]
-        by_head = prefill.view(self._num_kv_heads, -1, rows.shape[1] * rows.shape[2])
-        return by_head.transpose(0, 1)

@@ -13,7 +13,8 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from kvserve.engine.rows import Int32Array, RowShapes
+from kvserve.engine.head_major import HeadMajor
+from kvserve.engine.rows import RowShapes
 from kvserve.kernels import native, statistics
 from kvserve.kernels.statistics import CachedRows
 
@@ -84,7 +85,7 @@ class Device(Protocol):
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        """Run causal attention of ``query [n, G, head_size]`` into ``out``."""
+        """Run causal attention of ``query [tokens, H_q, head_size]`` into ``out``."""
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,36 @@ class HalfLayout:
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """A step's rows as a CPU's kernels want them.
+    """A step's rows as a CPU's kernels want them, decode rows first.
 
     Attributes:
-        singles: leading rows that have one query.
+        decodes: leading rows that follow the tokens and have one query each.
         seq_lens: keys of each row, ``[rows]``, int32.
-        query_start: first query of each row behind the singles, counted from there.
-        schedule: what vLLM's kernel wants to know of the rows behind the singles;
-            ``None`` where there are none.
+        first: where the queries of each row behind begin, as ``RowShapes.first``.
+        counts: how many they are, int32.
+        stock: what vLLM's kernel wants to know instead, where ours does not serve.
     """
 
-    singles: int
+    decodes: int
     seq_lens: torch.Tensor
+    first: torch.Tensor
+    counts: torch.Tensor
+    stock: StockRows | None
+
+
+@dataclass(frozen=True)
+class StockRows:
+    """Rows as vLLM's kernel wants them, over queries that are head-major."""
+
     query_start: torch.Tensor
-    schedule: torch.Tensor | None
+    schedule: torch.Tensor
 
 
 class CPUDevice:
-    """vLLM's stock CPU kernels, called with one KV head, and our own for decode.
+    """Our own kernels, which read pages as vLLM's kernels lay them out on most CPUs.
 
-    Ours reads pages as vLLM's kernels lay them out on most CPUs; on others, for
-    float16, or without a C++ compiler, vLLM's does decode as well.
+    On others, for float16, or without a C++ compiler, vLLM's stock kernel serves,
+    called with one KV head.
     """
 
     def __init__(
@@ -136,20 +146,20 @@ class CPUDevice:
         self._page_size = page_size
         self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
         # Asked for here, so that no request waits for a compiler.
-        self._decodes = self._can_decode()
+        self._has_kernels = self._can_attend()
 
     def plan_rows(self, shapes: RowShapes) -> PlannedRows:
-        query_start = torch.from_numpy(shapes.query_start)
-        seq_lens = torch.from_numpy(shapes.seq_lens)
-        singles = _leading_singles(shapes.query_start) if self._decodes else 0
-        behind = query_start[singles:] - query_start[singles]
-        schedule = None
-        if singles < len(seq_lens):
-            schedule = self._schedule(behind, seq_lens[singles:])
-        return PlannedRows(singles, seq_lens, behind, schedule)
+        seq_lens, decodes = torch.from_numpy(shapes.seq_lens), shapes.num_decodes
+        counts = np.diff(shapes.query_start[decodes:])
+        stock = None
+        if not self._has_kernels:
+            query_start = torch.from_numpy(shapes.query_start)
+            stock = StockRows(query_start, self._schedule(query_start, seq_lens))
+        first = torch.from_numpy(shapes.first[decodes:])
+        return PlannedRows(decodes, seq_lens, first, torch.from_numpy(counts), stock)
 
-    def _can_decode(self) -> bool:
-        """Tell whether our own kernel takes rows of one query."""
+    def _can_attend(self) -> bool:
+        """Tell whether our own kernels take these pages."""
         keys, values = self._layouts
         known = keys.is_transposed and values.is_plain
         sizes = self._head_size, self._page_size
@@ -276,37 +286,64 @@ class CPUDevice:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        if rows.schedule is None:
-            lengths = rows.seq_lens
-            native.decode_attention(query, pool, lengths, page_table, scale, out)
+        if rows.stock is not None:
+            self._attend_stock(query, pool, rows, page_table, scale, out)
             return
-        singles = rows.singles
-        if singles:
-            mine = query[:singles], pool, rows.seq_lens[:singles], page_table[:singles]
-            native.decode_attention(*mine, scale, out[:singles])
+        group, width = self._group_size, self._head_size
+        decodes, lengths = rows.decodes, rows.seq_lens
+        if decodes:
+            tokens = decodes * group // query.shape[1]
+            native.decode_attention(
+                query[:tokens].reshape(-1, group, width),
+                pool,
+                lengths[:decodes],
+                page_table[:decodes],
+                scale,
+                out[:tokens].view(-1, group, width),
+            )
+        if len(rows.counts):
+            native.prefill_attention(
+                query.view(len(query), -1, group, width),
+                pool,
+                rows.first,
+                rows.counts,
+                lengths[decodes:],
+                page_table[decodes:],
+                scale,
+                out.view(len(query), -1, group, width),
+            )
+
+    def _attend_stock(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: PlannedRows,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        assert rows.stock is not None
         keys, values = _split(pool)
+        order = HeadMajor(rows.decodes, self._group_size)
+        query_rows = order.rows_of(query)
+        output_rows = torch.empty_like(query_rows)
         ops.cpu_attention_with_kv_cache(
-            query=query[singles:],
+            query=query_rows,
             key_cache=keys,
             value_cache=values,
-            output=out[singles:],
-            query_start_loc=rows.query_start,
-            seq_lens=rows.seq_lens[singles:],
+            output=output_rows,
+            query_start_loc=rows.stock.query_start,
+            seq_lens=rows.seq_lens,
             scale=scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=page_table[singles:],
+            block_table=page_table,
             softcap=0.0,
-            scheduler_metadata=rows.schedule,
+            scheduler_metadata=rows.stock.schedule,
             s_aux=None,
         )
-
-
-def _leading_singles(query_start: Int32Array) -> int:
-    """Count the rows before the first that has not just one query."""
-    others = np.flatnonzero(np.diff(query_start) != 1)
-    return int(others[0]) if others.size else len(query_start) - 1
+        order.put_back(output_rows, out)
 
 
 def _split(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,12 +32,17 @@ class RowShapes:
     """Lengths of a step's rows, shared by all layers whose heads have equal budgets.
 
     Attributes:
-        query_start: first query of each row, ``[rows + 1]``.
+        num_decodes: leading rows that follow the tokens.
+        query_start: first query of each row, ``[rows + 1]``, where the rows behind are
+            head-major.
         seq_lens: keys that the row's last query sees, ``[rows]``.
+        first: the same first queries as ``token * H_kv + head``, ``[rows]``.
     """
 
+    num_decodes: int
     query_start: Int32Array
     seq_lens: Int32Array
+    first: IntArray
 
 
 @dataclass
@@ -117,11 +122,12 @@ class RowBuilder:
 
     def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
         rows = decode_lens.shape[1]
+        first = np.arange(rows)
         starts = np.arange(rows + 1, dtype=np.int32)
         # Lanes of unequal budgets are alike until the smaller one is full.
         exemplars, shape_of_layer = _alike_layers(decode_lens)
         shapes = [
-            RowShapes(starts, decode_lens[layer].astype(np.int32))
+            RowShapes(rows, starts, decode_lens[layer].astype(np.int32), first)
             for layer in exemplars
         ]
         ordered = self._tables.ordered
@@ -132,14 +138,20 @@ class RowBuilder:
     def _with_prefill(
         self, decode_lens: IntArray, chunks: _Chunks, layer: int
     ) -> RowShapes:
+        decodes, heads = len(decode_lens), self._plan.num_kv_heads
         lengths, seq_lens = [np.ones_like(decode_lens)], [decode_lens]
-        for head in range(self._plan.num_kv_heads):
+        first = [np.arange(decodes)]
+        for head in range(heads):
             row_lengths, row_seq_lens = chunks.rows(layer, head)
             lengths.append(row_lengths)
             seq_lens.append(row_seq_lens)
+            first.append(decodes + (row_lengths.cumsum() - row_lengths) * heads + head)
         starts = np.concatenate([[0], *lengths]).cumsum()
         return RowShapes(
-            starts.astype(np.int32), np.concatenate(seq_lens).astype(np.int32)
+            decodes,
+            starts.astype(np.int32),
+            np.concatenate(seq_lens).astype(np.int32),
+            np.concatenate(first),
         )
 
     def _page_table(self, layer: int, chunks: _Chunks) -> PageArray:

@@ -11,7 +11,7 @@
 #include <omp.h>
 #endif
 
-#include "vectors.h"
+#include "pages.h"
 
 namespace {
 
@@ -27,36 +27,6 @@ constexpr int64_t LEAST = 1024;
 constexpr int64_t AHEAD = 64;
 // Tokens below which waking other threads takes longer than the work.
 constexpr int64_t WORTH_THREADS = 1024;
-
-// 2 * LANES numbers as two vectors that hold them in turns: `ordered` puts them in order.
-inline Pair load(const uint16_t *place) {
-    Words both;
-    std::memcpy(&both, place, sizeof both);
-    return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
-}
-
-inline Pair load(const float *place) {
-    Pair both;
-    std::memcpy(&both, place, sizeof both);
-    return both;
-}
-
-inline Pair ordered(uint16_t, Pair turns) { return interleaved(turns); }
-inline Pair ordered(float, Pair both) { return both; }
-
-// Pages as the CPU's kernels lay them out: keys [width, page_size], then values
-// [page_size, width].
-template <class Number> struct Pool {
-    const Number *numbers;
-    int64_t page_size, width;
-
-    const Number *keys(int64_t page) const {
-        return numbers + page * 2 * page_size * width;
-    }
-    const Number *values(int64_t page) const {
-        return keys(page) + page_size * width;
-    }
-};
 
 // One part of one row: its heads' sums over some of the row's pages.
 struct Part {

@@ -29,19 +29,20 @@ from kvserve.models import cache_dir
 _FOLDER = Path(__file__).parent
 _SOURCES = [
     _FOLDER / "decode_attention.cpp",
+    _FOLDER / "prefill_attention.cpp",
     _FOLDER / "attention_mass.cpp",
     _FOLDER / "decode_mass.cpp",
 ]
 _WIDTH_STEP = 32
 """Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
-_HEADER = _FOLDER / "vectors.h"
+_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "pages.h"]
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _CPU_FEATURES = ("flags", "Features")
 """What Linux calls the line, on x86 and on Arm."""
 
 
 def can_attend(dtype: torch.dtype, head_size: int, page_size: int) -> bool:
-    """Tell whether :func:`decode_attention` takes such pages."""
+    """Tell whether the two kernels of attention take such pages."""
     fits = head_size % _WIDTH_STEP == page_size % _WIDTH_STEP == 0
     return fits and dtype in (torch.float32, torch.bfloat16) and library() is not None
 
@@ -69,7 +70,7 @@ def decode_attention(
     assert page_table.stride(1) == 1
     assert query.is_contiguous()
     assert out.is_contiguous()
-    _decode_function(pool.dtype)(
+    _attention_function("decode", pool.dtype)(
         page_table.data_ptr(),
         page_table.stride(0),
         lengths.data_ptr(),
@@ -84,13 +85,65 @@ def decode_attention(
     )
 
 
+def prefill_attention(
+    query: Tensor,
+    pool: Tensor,
+    first: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Causal attention of rows of many queries over their own pages; sums are float32.
+
+    Args:
+        query: ``[tokens, H_kv, G, d]``, a token's numbers contiguous, of the pool's
+            type.
+        pool: as of :func:`decode_attention`.
+        first: where each row's queries begin, ``token * H_kv + head``, ``[rows]``
+            int64; a row's further queries are the same head's of the tokens behind.
+        counts: queries of each row, ``[rows]`` int32.
+        lengths: keys that each row's last query sees, ``[rows]`` int32; each query
+            before sees one less.
+        page_table: ``[rows, W]``, int32.
+        out: ``[tokens, H_kv, G, d]``, contiguous; what is in no row is left alone.
+    """
+    _, kv_heads, group, width = query.shape
+    assert first.dtype == torch.int64
+    assert counts.dtype == lengths.dtype == page_table.dtype == torch.int32
+    assert page_table.stride(1) == 1
+    assert query.stride()[1:] == out.stride()[1:]
+    assert out.is_contiguous()
+    _attention_function("prefill", pool.dtype)(
+        page_table.data_ptr(),
+        page_table.stride(0),
+        first.data_ptr(),
+        counts.data_ptr(),
+        lengths.data_ptr(),
+        len(lengths),
+        pool.data_ptr(),
+        pool.shape[2],
+        width,
+        query.data_ptr(),
+        query.stride(0),
+        kv_heads,
+        group,
+        scale,
+        out.data_ptr(),
+    )
+
+
 @cache
-def _decode_function(dtype: torch.dtype) -> Any:
+def _attention_function(kind: str, dtype: torch.dtype) -> Any:
     """Every layer of every step calls it: arguments must not cost more than work."""
-    function = getattr(library(), f"decode_attention_{_name(dtype)}")
+    function = getattr(library(), f"{kind}_attention_{_name(dtype)}")
     array, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [array, number, array, number, array, number, number]
-    function.argtypes += [array, number, ctypes.c_float, array]
+    per_row = {"decode": 1, "prefill": 3}[kind]
+    sizes = {"decode": 1, "prefill": 3}[kind]
+    function.argtypes = [array, number, *[array] * per_row, number]
+    function.argtypes += [array, number, number]
+    function.argtypes += [array, *[number] * sizes, ctypes.c_float, array]
     function.restype = None
     return function
 
@@ -167,7 +220,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
-    content = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    content = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
     made_of = repr([*content, compiler, *_FLAGS, _cpu()])
     name = f"kernels-{sha256(made_of.encode()).hexdigest()[:16]}.so"
     target = cache_dir() / "kernels" / name

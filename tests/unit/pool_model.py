@@ -61,6 +61,8 @@ class PoolModel:
         assert starts[-1] == len(owners) * heads
         for row, seq_len in enumerate(shape.seq_lens.tolist()):
             keys = self._keys(step.page_tables[layer][row].tolist(), seq_len)
+            token, head = self._place(starts[row], step.num_decode_tokens, len(owners))
+            assert shape.first[row] == token * heads + head
             for query in range(starts[row], starts[row + 1]):
                 token, head = self._place(query, step.num_decode_tokens, len(owners))
                 request, position = owners[token]

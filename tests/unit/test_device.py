@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kvserve.engine.device import CPUDevice
+from kvserve.engine.rows import RowShapes
 from kvserve.kernels import native
 from kvserve.kernels.statistics import CachedRows, row_attention
 
@@ -57,3 +59,38 @@ def test_attention_is_added_to_the_tokens_that_were_written(
         drawn = row_attention(query[row, None], tokens, whole, 0.125)
         expected[slots[seen]] += drawn[0]
     torch.testing.assert_close(mass.flatten(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 3])
+def test_our_kernels_attend_as_the_stock_kernel_does(
+    decodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three decodes, and chunks of 40 and 5 tokens, over two KV heads of three."""
+    random = torch.Generator().manual_seed(0)
+    heads, chunks = 2, [(40, 100), (5, 5)]
+    rows = [(1, 7 + 30 * row) for row in range(decodes * heads)] + chunks * heads
+    tokens = decodes + sum(count for count, _ in chunks)
+    before = np.cumsum([0, *(count for count, _ in chunks)])[:-1]
+    shapes = RowShapes(
+        num_decodes=decodes * heads,
+        query_start=np.cumsum([0, *(c for c, _ in rows)]).astype(np.int32),
+        seq_lens=np.array([length for _, length in rows], dtype=np.int32),
+        first=np.concatenate(
+            [np.arange(decodes * heads)]
+            + [(decodes + before) * heads + head for head in range(heads)]
+        ),
+    )
+    keys, values = torch.randn(2, len(rows) * 128, 64, generator=random)
+    table = (torch.randperm(len(rows) * 4, generator=random).view(-1, 4) + 1).int()
+    slots = (table.flatten()[:, None] * 32 + torch.arange(32)).flatten()
+    query = torch.randn(tokens, heads * 3, 64, generator=random)
+    found = []
+    for is_ours in (True, False):
+        if not is_ours:
+            monkeypatch.setattr(native, "can_attend", lambda *_: False)
+        device = CPUDevice(torch.float32, 3, 64, 32)
+        pool, out = torch.zeros(len(rows) * 4 + 1, 1, 32, 128), torch.zeros_like(query)
+        device.write(keys, values, pool, slots.long())
+        device.attend(query, pool, device.plan_rows(shapes), table, 0.125, out)
+        found.append(out)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of prompts over head pages on a CPU: many queries a row, at the pace of
+// arithmetic.
+//
+// A row's queries, times its query heads, are cut into tiles. A tile goes through the
+// row's keys once, a block at a time, which stays in the first-level cache while ROWS
+// (query, head) pairs after the other multiply it, soften their logits and add up values.
+// Sums are float32, in an order that depends on the row alone.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "pages.h"
+
+namespace {
+
+// ROWS x one pair of vectors of sums fill the registers.
+constexpr int ROWS = REGISTERS / 8 * 3;
+constexpr int64_t PANEL = 2 * LANES;
+// Keys that are softened together: with their values, half of a first-level cache.
+constexpr int64_t BLOCK = 64;
+// (query, head) pairs of a tile at most: their queries and sums stay in a second-level
+// cache, and every page is fetched once for all of them.
+constexpr int64_t MOST_PAIRS = 128;
+
+// Tokens [first, last) of a row's queries.
+struct Tile {
+    int64_t row, first, last;
+};
+
+// Values of tokens that lie one behind the other.
+template <class Number> struct Run {
+    const Number *values;
+    int64_t count;
+};
+
+// Multiply ROWS queries [ROWS, width] with PANEL tokens' keys, `stride` apart.
+template <class Number>
+inline void multiply(
+    const float *queries, const Number *keys, int64_t width, int64_t stride,
+    float *logits) {
+    Pair sum[ROWS] = {};
+    for (int64_t d = 0; d < width; ++d) {
+        const Pair key = load(keys + d * stride);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const float query = queries[row * width + d];
+            sum[row].first += query * key.first;
+            sum[row].second += query * key.second;
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+        store(logits + row * BLOCK, ordered(Number{}, sum[row]));
+}
+
+// Add PANEL dimensions of the runs' values, weighted, to ROWS sums `width` apart.
+template <class Number>
+inline void accumulate(
+    const float *weights, const Run<Number> *runs, int64_t count, int64_t width,
+    int64_t dimension, float *sums) {
+    Pair sum[ROWS];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+        sum[row] = {
+            vector_at(sums + row * width), vector_at(sums + row * width + LANES)};
+    for (int64_t run = 0; run < count; ++run) {
+        const Number *values = runs[run].values + dimension;
+        for (int64_t token = 0; token < runs[run].count; ++token) {
+            const Pair value = load(values + token * width);
+#pragma GCC unroll 16
+            for (int row = 0; row < ROWS; ++row) {
+                const float weight = weights[row * BLOCK + token];
+                sum[row].first += weight * value.first;
+                sum[row].second += weight * value.second;
+            }
+        }
+        weights += runs[run].count;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row)
+        store(sums + row * width, sum[row]);
+}
+
+// A row: its queries, the keys that the last of them sees, and its pages.
+struct Row {
+    int64_t count, keys;
+    const int32_t *pages;
+};
+
+// Where the (query, head) pairs of a row lie: queries `stride` apart, a query's heads one
+// behind the other.
+template <class Number> struct Pairs {
+    Number *first;
+    int64_t stride, group, width;
+
+    Number *at(int64_t query, int64_t pair) const {
+        return first + (query + pair / group) * stride + pair % group * width;
+    }
+};
+
+// The online softmax of a tile.
+template <class Number> class Attention {
+  public:
+    Attention(const Pool<Number> &pool, int64_t group, float factor)
+        : pool_(pool), group_(group), factor_(factor),
+          most_((std::max(MOST_PAIRS, group) + ROWS - 1) / ROWS * ROWS),
+          queries_(most_ * pool.width), sums_(most_ * pool.width), peaks_(most_),
+          masses_(most_), logits_(ROWS * BLOCK) {}
+
+    void run(
+        const Row &row, const Tile &tile, const Pairs<const Number> &query,
+        const Pairs<Number> &out) {
+        const int64_t pairs = (tile.last - tile.first) * group_;
+        const int64_t padded = (pairs + ROWS - 1) / ROWS * ROWS;
+        start(query, tile.first, pairs, padded);
+        // Of all pairs' keys, those that the tile's first query sees.
+        const int64_t first_seen = row.keys - row.count + tile.first + 1;
+        const int64_t last_seen = row.keys - row.count + tile.last;
+        for (int64_t key = 0; key < last_seen; key += BLOCK) {
+            const int64_t count = std::min(BLOCK, last_seen - key);
+            for (int64_t pair = 0; pair < padded; pair += ROWS) {
+                const int64_t least = first_seen + pair / group_;
+                const int64_t most =
+                    first_seen + std::min(pair + ROWS - 1, pairs - 1) / group_;
+                if (most > key)
+                    step(row.pages, key, std::min(count, most - key), least - key, pair);
+            }
+        }
+        finish(out, tile.first, pairs);
+    }
+
+  private:
+    void start(
+        const Pairs<const Number> &query, int64_t first, int64_t pairs, int64_t padded) {
+        const int64_t width = pool_.width;
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            const Number *own = query.at(first, pair);
+            for (int64_t d = 0; d < width; ++d)
+                queries_[pair * width + d] = to_float(own[d]) * factor_;
+        }
+        std::fill(queries_ + pairs * width, queries_ + padded * width, 0.0f);
+        std::fill(sums_ + 0, sums_ + padded * width, 0.0f);
+        std::fill(peaks_ + 0, peaks_ + padded, NEVER);
+        std::fill(masses_ + 0, masses_ + padded, 0.0f);
+    }
+
+    // Let ROWS pairs see `count` keys from `first` on, the first pair `seen` of them, and
+    // the pairs of each further query one more.
+    void step(
+        const int32_t *pages, int64_t first, int64_t count, int64_t seen, int64_t pair) {
+        const int64_t size = pool_.page_size, width = pool_.width;
+        const float *queries = queries_ + pair * width;
+        for (int64_t token = 0; token < count; token += PANEL) {
+            const int64_t at = first + token;
+            multiply(
+                queries, pool_.keys(pages[at / size]) + at % size, width, size,
+                logits_ + token);
+        }
+        const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
+        for (int row = 0; row < ROWS; ++row) {
+            const int64_t later = (pair + row) / group_ - pair / group_;
+            soften(logits_ + row * BLOCK, std::min(count, seen + later), padded, pair + row);
+        }
+        Run<Number> runs[BLOCK / PANEL + 1];
+        int64_t used = 0;
+        for (int64_t token = 0; token < count; token += runs[used++].count) {
+            const int64_t at = first + token, offset = at % size;
+            runs[used].values = pool_.values(pages[at / size]) + offset * width;
+            runs[used].count = std::min(size - offset, count - token);
+        }
+        for (int64_t d = 0; d < width; d += PANEL)
+            accumulate(logits_, runs, used, width, d, sums_ + pair * width + d);
+    }
+
+    // Turn a pair's logits, of which it sees `seen`, into powers below its new peak, and
+    // bring its sums down to it.
+    void soften(float *logits, int64_t seen, int64_t padded, int64_t pair) {
+        if (seen < padded)
+            std::fill(logits + std::max<int64_t>(seen, 0), logits + padded, NEVER);
+        float &peak = peaks_[pair];
+        const float top = std::max(peak, highest(logits, padded));
+        if (top > peak) {
+            const float fade = power_of_two(Floats{} + (peak - top))[0];
+            for (int64_t d = 0; d < pool_.width; d += LANES)
+                vector_at(sums_ + pair * pool_.width + d) *= fade;
+            masses_[pair] *= fade;
+            peak = top;
+        }
+        // A pair that has seen nothing yet: NEVER less NEVER would be no number.
+        const float base = top == NEVER ? 0 : top;
+        Floats drawn = {};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            Floats &place = vector_at(logits + i);
+            place = power_of_two(place - base);
+            drawn += place;
+        }
+        masses_[pair] += total(drawn);
+    }
+
+    void finish(const Pairs<Number> &out, int64_t first, int64_t pairs) {
+        const int64_t width = pool_.width;
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            const float factor = masses_[pair] > 0 ? 1 / masses_[pair] : 0;
+            float *const sums = sums_ + pair * width;
+            Number *own = out.at(first, pair);
+            for (int64_t d = 0; d < width; d += PANEL) {
+                const Pair both = {
+                    vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
+                store(sums + d, ordered(Number{}, both));
+            }
+            for (int64_t d = 0; d < width; ++d)
+                own[d] = rounded<Number>(sums[d]);
+        }
+    }
+
+    const Pool<Number> pool_;
+    const int64_t group_;
+    const float factor_;
+    const int64_t most_;
+    Buffer<float> queries_, sums_, peaks_, masses_, logits_;
+};
+
+// Cut a row's queries into tiles of about equal size.
+void cut(int64_t row, int64_t count, int64_t group, std::vector<Tile> &tiles) {
+    const int64_t most = std::max<int64_t>(MOST_PAIRS / group, 1);
+    const int64_t parts = (count + most - 1) / most;
+    for (int64_t part = 0; part < parts; ++part)
+        tiles.push_back({row, count * part / parts, count * (part + 1) / parts});
+}
+
+// All of a call's arguments; see below.
+template <class Number> struct Call {
+    const int32_t *table;
+    int64_t table_stride;
+    const int64_t *first;
+    const int32_t *counts, *lengths;
+    int64_t rows;
+    Pool<Number> pool;
+    const Number *query;
+    int64_t query_stride, kv_heads, group;
+    float scale;
+    Number *out;
+};
+
+template <class Number> void prefill(const Call<Number> &call) {
+    std::vector<Tile> tiles;
+    for (int64_t row = 0; row < call.rows; ++row)
+        cut(row, call.counts[row], call.group, tiles);
+    const int64_t width = call.pool.width, group = call.group;
+    const int64_t out_stride = call.kv_heads * group * width;
+#pragma omp parallel
+    {
+        Attention<Number> attention(call.pool, group, call.scale * LOG2_E);
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tiles.size(); ++i) {
+            const int64_t row = tiles[i].row;
+            const int64_t token = call.first[row] / call.kv_heads;
+            const int64_t head = call.first[row] % call.kv_heads * group * width;
+            attention.run(
+                {call.counts[row], call.lengths[row],
+                 call.table + row * call.table_stride},
+                tiles[i],
+                {call.query + token * call.query_stride + head, call.query_stride, group,
+                 width},
+                {call.out + token * out_stride + head, out_stride, group, width});
+        }
+    }
+}
+
+} // namespace
+
+// The pool and the page table are those of decode attention. Queries and `out` are
+// [tokens, kv_heads, group, width], the queries' tokens `query_stride` numbers apart. Row r
+// has counts[r] queries, from (token, KV head) number first[r] on. Its last query sees
+// lengths[r] keys, and each query before it one less.
+extern "C" {
+
+void prefill_attention_float32(
+    const int32_t *table, int64_t table_stride, const int64_t *first,
+    const int32_t *counts, const int32_t *lengths, int64_t rows, const float *pool,
+    int64_t page_size, int64_t width, const float *query, int64_t query_stride,
+    int64_t kv_heads, int64_t group, float scale, float *out) {
+    prefill<float>(
+        {table, table_stride, first, counts, lengths, rows, {pool, page_size, width},
+         query, query_stride, kv_heads, group, scale, out});
+}
+
+void prefill_attention_bfloat16(
+    const int32_t *table, int64_t table_stride, const int64_t *first,
+    const int32_t *counts, const int32_t *lengths, int64_t rows, const uint16_t *pool,
+    int64_t page_size, int64_t width, const uint16_t *query, int64_t query_stride,
+    int64_t kv_heads, int64_t group, float scale, uint16_t *out) {
+    prefill<uint16_t>(
+        {table, table_stride, first, counts, lengths, rows, {pool, page_size, width},
+         query, query_stride, kv_heads, group, scale, out});
+}
+}
