@@ -15,9 +15,10 @@
 
 namespace {
 
-// Tokens whose softmax is brought up to date together, and of which keys are multiplied
-// together: two vectors. Dimensions of which values are added up together.
-constexpr int64_t TOKENS = 128, KEYS = 2 * LANES, VALUES = 2 * LANES;
+// Tokens whose softmax is brought up to date together.
+constexpr int64_t TOKENS = 128;
+// Tokens of which keys are multiplied, and dimensions of which values are added up.
+constexpr int64_t PANEL = 2 * LANES;
 // Query heads that share what was loaded; more take turns.
 constexpr int HEADS = 4;
 // A row is cut into no shorter parts than this many tokens.
@@ -41,47 +42,74 @@ int64_t threads() {
 #endif
 }
 
-// Multiply `heads` queries [width, HEADS] with KEYS tokens' keys, `stride` apart, and
-// fetch the keys that are `ahead`.
+// Panels that `heads` heads take together: enough sums to keep the units for products
+// busy, as many as there are registers for. Pages and heads are a multiple of 32 wide.
+template <int heads> constexpr int panels() {
+    const int most = 32 / PANEL;
+    return heads * most * 2 + 3 < REGISTERS ? most : 1;
+}
+
+// Multiply `heads` queries [width, HEADS] with the keys of some panels of tokens,
+// `stride` apart, and fetch the keys that are `ahead`.
 template <int heads, class Number>
 void multiply(
     const float *query, const Number *keys, const Number *ahead, int64_t width,
     int64_t stride, float *logits) {
-    Pair sum[heads] = {};
+    constexpr int count = panels<heads>();
+    Pair sum[count][heads] = {};
     for (int64_t d = 0; d < width; ++d) {
         __builtin_prefetch(ahead + d * stride);
-        const Pair key = load(keys + d * stride);
+        Pair key[count];
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; ++head) {
-            sum[head].first += query[d * HEADS + head] * key.first;
-            sum[head].second += query[d * HEADS + head] * key.second;
-        }
+        for (int panel = 0; panel < count; ++panel)
+            key[panel] = load(keys + d * stride + panel * PANEL);
+#pragma GCC unroll 4
+        for (int head = 0; head < heads; ++head)
+#pragma GCC unroll 4
+            for (int panel = 0; panel < count; ++panel) {
+                sum[panel][head].first += query[d * HEADS + head] * key[panel].first;
+                sum[panel][head].second += query[d * HEADS + head] * key[panel].second;
+            }
     }
     for (int head = 0; head < heads; ++head)
-        store(logits + head * TOKENS, ordered(Number{}, sum[head]));
+        for (int panel = 0; panel < count; ++panel)
+            store(
+                logits + head * TOKENS + panel * PANEL,
+                ordered(Number{}, sum[panel][head]));
 }
 
-// Add `count` tokens' values [count, width] of VALUES dimensions, weighted, to `sums`,
-// and fetch the values that are `ahead`.
+// Add some panels of dimensions of `count` tokens' values [count, width], weighted, to
+// `sums`, and fetch the values that are `ahead`.
 template <int heads, class Number>
 void accumulate(
     const float *weights, const Number *values, const Number *ahead, int64_t count,
     int64_t width, float *sums) {
-    Pair sum[heads];
+    constexpr int parts = panels<heads>();
+    Pair sum[parts][heads];
     for (int head = 0; head < heads; ++head)
-        sum[head] = {
-            vector_at(sums + head * width), vector_at(sums + head * width + LANES)};
+        for (int panel = 0; panel < parts; ++panel) {
+            float *const own = sums + head * width + panel * PANEL;
+            sum[panel][head] = {vector_at(own), vector_at(own + LANES)};
+        }
     for (int64_t token = 0; token < count; ++token) {
         __builtin_prefetch(ahead + token * width);
-        const Pair value = load(values + token * width);
+        Pair value[parts];
+#pragma GCC unroll 4
+        for (int panel = 0; panel < parts; ++panel)
+            value[panel] = load(values + token * width + panel * PANEL);
 #pragma GCC unroll 4
         for (int head = 0; head < heads; ++head) {
-            sum[head].first += weights[head * TOKENS + token] * value.first;
-            sum[head].second += weights[head * TOKENS + token] * value.second;
+            const float weight = weights[head * TOKENS + token];
+#pragma GCC unroll 4
+            for (int panel = 0; panel < parts; ++panel) {
+                sum[panel][head].first += weight * value[panel].first;
+                sum[panel][head].second += weight * value[panel].second;
+            }
         }
     }
     for (int head = 0; head < heads; ++head)
-        store(sums + head * width, sum[head]);
+        for (int panel = 0; panel < parts; ++panel)
+            store(sums + head * width + panel * PANEL, sum[panel][head]);
 }
 
 // The online softmax of one part, for all heads of the row.
@@ -135,14 +163,15 @@ template <class Number> class Attention {
         const int64_t count = std::min(TOKENS, last - start);
         const int64_t size = pool_.page_size, width = pool_.width;
         const float *query = queries_ + head * width;
-        for (int64_t token = 0; token < count; token += KEYS) {
+        constexpr int64_t together = panels<heads>() * PANEL;
+        for (int64_t token = 0; token < count; token += together) {
             const int64_t at = start + token, next = std::min(at + AHEAD, last - 1);
             multiply<heads>(
                 query, pool_.keys(pages[at / size]) + at % size,
                 pool_.keys(pages[next / size]) + next % size, width, size,
                 logits_ + token);
         }
-        const int64_t padded = (count + KEYS - 1) / KEYS * KEYS;
+        const int64_t padded = (count + together - 1) / together * together;
         for (int i = 0; i < heads; ++i)
             soften(logits_ + i * TOKENS, count, padded, sums + i * width,
                    peaks[head + i], masses[head + i]);
@@ -152,7 +181,7 @@ template <class Number> class Attention {
             const Number *values = pool_.values(pages[at / size]) + at % size * width;
             const int64_t next = std::min(at + AHEAD, last - 1) / size;
             const Number *ahead = pool_.values(pages[next]);
-            for (int64_t d = 0; d < width; d += VALUES)
+            for (int64_t d = 0; d < width; d += together)
                 accumulate<heads>(
                     logits_ + token, values + d, ahead + d, run, width, sums + d);
             token += run;
@@ -231,7 +260,7 @@ void join(
                     : vector_at(sums + d) + vector_at(own + d) * share;
         }
         const float factor = mass > 0 ? 1 / mass : 0;
-        for (int64_t d = 0; d < width; d += VALUES) {
+        for (int64_t d = 0; d < width; d += PANEL) {
             const Pair both = {
                 vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
             store(sums + d, ordered(Number{}, both));

@@ -18,8 +18,10 @@ inline Pair load(const uint16_t *place) {
 }
 
 inline Pair load(const float *place) {
+    // One copy of both would go through memory.
     Pair both;
-    std::memcpy(&both, place, sizeof both);
+    std::memcpy(&both.first, place, sizeof both.first);
+    std::memcpy(&both.second, place + LANES, sizeof both.second);
     return both;
 }
 
