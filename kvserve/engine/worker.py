@@ -28,6 +28,7 @@ from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
 from kvserve.engine.usage import WorkerUsage
+from kvserve.kernels.huge_pages import use_huge_pages
 
 _STREAMING = "kvserve.engine.backend.HeadPagedBackend"
 _DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
@@ -95,6 +96,7 @@ class HeadPagedCPUWorker(CPUWorker):
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
         self._builder.attach(self.model_runner.input_batch)
         layers = self._attention_layers().values()
+        use_huge_pages(next(iter(layers)).kv_cache)
         for index, layer in enumerate(layers):
             cast(HeadPagedAttention, layer.impl).bind(self._builder.kernels, index)
         if isinstance(self._rule, DenseRule):
