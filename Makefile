@@ -53,7 +53,7 @@ profile: $(STAMP)  ## Measure the embedded model's retrieval heads anew
 	$(BIN)/kvserve profile retrieval
 
 bench: $(STAMP)  ## Measure speed and capacity side by side with stock vLLM
-	for name in attention scheduler prefill decode serving; do \
+	for name in attention scheduler prefill decode_flat serving; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-openvino: $(STAMP)  ## The serving benchmark with OpenVINO GenAI beside it

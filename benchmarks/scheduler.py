@@ -11,6 +11,7 @@ tokens as asked. A fifth of the heads keep everything, the others 32 + 480 token
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 from vllm.v1.core.block_pool import BlockPool
 
+from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table
 from kvserve.engine.manager import HeadPagedManager
 from kvserve.engine.page_tables import PageTables
@@ -176,12 +178,19 @@ def main() -> None:
     sizes = [
         (m, c, r) for m in args.models for c in args.contexts for r in args.requests
     ]
-    for size in tqdm(sizes):
+    curves: dict[str, dict[float, list[float]]] = {}
+    for model, context, requests in tqdm(sizes):
+        size = model, context, requests
         found = measure(*size)
+        if found is not None:
+            curve = curves.setdefault(f"{model}, {context} tokens", {})
+            curve[requests] = [1e3 * statistics.median(found["step"])]
         table.rows.append(_cells(*size, found))
         report.numbers["x".join(map(str, size))] = found
     report.tables.append(table)
     report.write(args.out)
+    picture, title = args.out / "scheduler.png", "host time of a decode step"
+    draw_curves(curves, picture, title, "requests", "milliseconds, median")
 
 
 if __name__ == "__main__":

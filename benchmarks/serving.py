@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from vllm import SamplingParams
 
 from benchmarks.engines import STOCK, random_prompts, start_engine
+from benchmarks.figures import colours
 from benchmarks.tables import OUT, Report, Table
 from kvserve.models import gguf_file
 from kvserve.processor import default_dtype
@@ -185,8 +185,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    colours = itertools.cycle(("#888888", "#4477aa", "#cc3311", "#228833", "#aa8833"))
-    for result, colour in zip(results, colours, strict=False):
+    for result, colour in zip(results, colours(), strict=False):
         seconds, running = zip(*result.timeline, strict=True)
         axes.fill_between(
             [0.0, *seconds], [0, *running], step="pre", alpha=0.3, color=colour

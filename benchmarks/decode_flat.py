@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of a decode step at growing contexts: flat where the budget is fixed.
 
-python -m benchmarks.decode --engines none full sink-recent --contexts 1024 8000
-python -m benchmarks.decode --engines sink-recent:budget=0.25 h2o:budget=0.25
+python -m benchmarks.decode_flat --engines none full sink-recent --contexts 1024 8000
+python -m benchmarks.decode_flat --engines sink-recent:budget=0.25 h2o:budget=0.25
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.engines import STOCK, WEIGHTS, add_engine_arguments, start_engines
+from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
 
 ENGINES = (WEIGHTS, STOCK, "full", "retrieval", "sink-recent:recent=480", "h2o")
@@ -32,10 +33,9 @@ def main() -> None:
     args = parser.parse_args()
     longest = max(args.contexts) + args.steps
     engines = start_engines(args, args.requests, longest, longest + 64)
-    report, columns = (
-        Report("decode"),
-        ["engine", "context", "step, ms", "time", "flat"],
-    )
+    report = Report("decode_flat")
+    columns = ["engine", "context", "step, ms", "time", "flat"]
+    curves: dict[str, dict[float, list[float]]] = {name: {} for name in args.engines}
     shortest: dict[str, list[float]] = {}
     for context in tqdm(args.contexts):
         times: dict[str, list[float]] = {engine.name: [] for engine in engines}
@@ -48,6 +48,7 @@ def main() -> None:
         table = Table(f"Decode step of {args.requests} x {context} tokens", columns)
         base = times[STOCK if STOCK in times else engines[0].name]
         for name, seconds_of in times.items():
+            curves[name][context] = [1e3 * seconds for seconds in seconds_of]
             row = [name, str(context), Spread.of(seconds_of).shown(1e3)]
             row += [f"{median_ratio(seconds_of, base):.2f}"]
             row += [f"{median_ratio(seconds_of, shortest[name]):.2f}"]
@@ -55,6 +56,9 @@ def main() -> None:
         report.tables.append(table)
         report.numbers[str(context)] = times
     report.write(args.out)
+    title = f"decode step of {args.requests} requests"
+    picture = args.out / "decode_flat.png"
+    draw_curves(curves, picture, title, "tokens of each", "milliseconds")
 
 
 if __name__ == "__main__":
