@@ -23,7 +23,7 @@ def upload_all(arrays: Sequence[Array], device: torch.device) -> list[torch.Tens
     if not arrays:
         return []
     flat = upload(np.concatenate([array.ravel() for array in arrays]), device)
-    parts = flat.split([array.size for array in arrays])
+    parts = flat.split_with_sizes([array.size for array in arrays])
     return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
