@@ -60,10 +60,10 @@ class DeviceStaging:
             seq_lens[:, :own] = by_layer
             longest = int(seq_lens.max(initial=1))
             self._mirror.update(own // self._heads, blocks_of(longest, self._page_size))
-        starts = self._starts[: rows + 1]
+        starts, lengths = self._starts[: rows + 1], self._seq_lens.put(seq_lens)
         return StagedRows(
             tokens,
-            [TritonRows(starts, own, 1) for own in self._seq_lens.put(seq_lens)],
+            [TritonRows(rows, starts, lens, 1) for lens in lengths],
             self._mirror.first_rows(tokens),
             self._slots.put(slots),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvserve.engine.head_major import HeadMajor
 from kvserve.engine.rows import RowShapes
 from kvserve.engine.uploads import upload
 from kvserve.kernels import statistics, triton_rows
@@ -24,11 +25,14 @@ class TritonRows:
     """Rows as the kernels read them.
 
     Attributes:
-        query_start: first query of each row, ``[rows + 1]``, int32.
+        decodes: leading rows that follow the tokens.
+        query_start: first query of each row, ``[rows + 1]``, int32; those of the rows
+            behind are head-major.
         seq_lens: keys of each row, ``[rows]``, int32.
         most_queries: no row has more; 1 means decode alone.
     """
 
+    decodes: int
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     most_queries: int
@@ -44,6 +48,7 @@ class TritonDevice:
 
     def plan_rows(self, shapes: RowShapes) -> TritonRows:
         return TritonRows(
+            shapes.num_decodes,
             upload(shapes.query_start, self.device),
             upload(shapes.seq_lens, self.device),
             int(np.diff(shapes.query_start).max(initial=1)),
@@ -119,13 +124,22 @@ class TritonDevice:
         scale: float,
         out: torch.Tensor,
     ) -> None:
+        order = HeadMajor(rows.decodes, self._group_size)
+        query_rows = order.rows_of(query)
+        # Rows that follow the tokens are the output seen otherwise.
+        is_decode = rows.decodes == len(rows.seq_lens)
+        out_rows = (
+            out.view(query_rows.shape) if is_decode else torch.empty_like(query_rows)
+        )
         triton_rows.row_attention(
-            query,
+            query_rows,
             pool,
             rows.query_start,
             rows.seq_lens,
             page_table,
             scale,
-            out,
+            out_rows,
             rows.most_queries,
         )
+        if not is_decode:
+            order.put_back(out_rows, out)

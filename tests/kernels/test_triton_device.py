@@ -114,6 +114,26 @@ def test_the_lightest_slots_are_those_of_the_statistics(by_count: bool) -> None:
     assert torch.equal(found, statistics.lightest_slots(unbounded, *state, by_count))
 
 
+def test_rows_of_one_query_behind_the_decodes_are_head_major() -> None:
+    cache, heads = Cache(), 2
+    # A decode, and a chunk of two tokens across a page's edge: rows by row number.
+    query = torch.randn(3, heads * GROUP, WIDTH, device=DEVICE)
+    by_head = query.view(3, heads, GROUP, WIDTH)
+    order = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (2, 1)]
+    lengths = torch.tensor([40, 5, 32, 33, 96, 97], dtype=torch.int32, device=DEVICE)
+    table = cache.table[[0, 1, 2, 2, 4, 4]]
+    starts = torch.arange(7, dtype=torch.int32, device=DEVICE)
+    out = torch.full_like(query, float("nan"))
+    rows = TritonRows(2, starts, lengths, 1)
+    cache.device.attend(query, cache.pool, rows, table, SCALE, out)
+    chosen = torch.stack([by_head[place] for place in order])
+    expected = reference.row_attention(
+        chosen, cache.pool, starts, lengths, table, SCALE
+    )
+    found = torch.stack([out.view_as(by_head)[place] for place in order])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 def test_a_graph_of_a_decode_step_follows_what_is_staged() -> None:
     cache, rows = Cache(), len(LENGTHS)
@@ -132,7 +152,7 @@ def test_a_graph_of_a_decode_step_follows_what_is_staged() -> None:
         slot = page.astype(np.int64) * SIZE + last % SIZE
         slot[-1] = -1
         own = lengths.put(seq_lens)
-        return slots.put(slot), TritonRows(starts, own, 1)
+        return slots.put(slot), TritonRows(rows, starts, own, 1)
 
     def step(where: Tensor, what: TritonRows) -> None:
         cache.device.write(key, value, cache.pool, where)
