@@ -170,6 +170,19 @@ def reader() -> Pass:
 
 
 def main() -> None:
+    """Measure on the device that ``--device`` names."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    chosen, options = parser.parse_known_args()
+    if chosen.device == "cuda":
+        from benchmarks import gpu_rows
+
+        gpu_rows.main(options)
+    else:
+        on_cpu(options)
+
+
+def on_cpu(options: list[str]) -> None:
     """Measure every size and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,7 +195,7 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    args = parser.parse_args(options)
     read, report = reader(), Report("attention")
     table = Table(
         f"Decode attention of a layer, {args.heads} KV heads x {args.group} queries x "

@@ -2,11 +2,12 @@
 """Attention over head pages on a GPU, against dense attention and the copy bandwidth.
 
 One layer of the shape of Llama-3-8B (32 query heads, 8 KV heads of 128, bfloat16):
-decode with everything kept and with a fifth of the heads full, prefill of one chunk
-with full and with bounded heads. Prints a Markdown table; speed-ups are over the
-faster dense attention, or over full heads where there is none.
+decode with everything kept, with an eighth kept in every head and with an eighth of
+the heads full, prefill of one chunk with full and with bounded heads. Speed-ups are
+over the fastest dense attention of PyTorch, FlashAttention among them, on the full
+cache, or over full heads where there is none.
 
-    python -m benchmarks.gpu_rows [--page-size 16] [--requests 32]
+    python -m benchmarks.attention --device cuda [--context 32768] [--kept 0.125]
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.tables import OUT, Report, Table
 from kvserve.kernels import triton_rows
 
 DEVICE = "cuda"
@@ -27,7 +31,6 @@ DTYPE = torch.bfloat16
 QUERY_HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = QUERY_HEADS // KV_HEADS
 SCALE = HEAD_SIZE**-0.5
-FULL_SHARE = 0.2
 SINKS, RECENT, QUERY_BLOCK = 32, 480, 64
 COPY_BYTES = 4 << 30
 
@@ -40,9 +43,9 @@ class Timing:
     low: float
     high: float
 
-    def __str__(self) -> str:
+    def shown(self) -> list[str]:
         half = (self.high - self.low) / 2
-        return f"{self.median * 1e3:.1f} | ± {half / self.median:.1%}"
+        return [f"{self.median * 1e3:.1f}", f"± {half / self.median:.1%}"]
 
 
 def measure(run: Callable[[], object]) -> Timing:
@@ -110,11 +113,14 @@ class Rows:
         )
 
 
-def decode_rows(requests: int, context: int, share: float, page_size: int) -> Rows:
-    """A token of every request; ``share`` of the (request, head) rows keep all."""
+def decode_rows(
+    requests: int, context: int, least: int, full_share: float, page_size: int
+) -> Rows:
+    """A token of every request; of the (request, head) rows, ``full_share`` keep all
+    tokens and the others ``least``."""
     rows = requests * KV_HEADS
-    seq_lens = torch.full((rows,), min(context, SINKS + RECENT))
-    seq_lens[torch.randperm(rows)[: round(share * rows)]] = context
+    seq_lens = torch.full((rows,), min(context, least))
+    seq_lens[torch.randperm(rows)[: round(full_share * rows)]] = context
     return Rows(torch.ones(rows, dtype=torch.int64), seq_lens, page_size)
 
 
@@ -130,51 +136,72 @@ def prefill_rows(chunk: int, context: int, bounded: bool, page_size: int) -> Row
 
 
 def dense_attention(
-    requests: int, queries: int, context: int, fold: bool
+    requests: int, queries: int, context: int, fold: bool, flash: bool = False
 ) -> Callable[[], object]:
     """PyTorch's attention on contiguous K and V. ``fold`` lays the heads of a group
-    out as queries of one head: for decode it then reads K and V once, not G times."""
+    out as queries of one head: for decode it then reads K and V once, not G times.
+    ``flash`` takes FlashAttention, whatever PyTorch would choose."""
     heads = (KV_HEADS, queries * GROUP) if fold else (QUERY_HEADS, queries)
     query = torch.randn(requests, *heads, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
     shape = 2, requests, KV_HEADS, context, HEAD_SIZE
     key, value = torch.randn(shape, dtype=DTYPE, device=DEVICE)
-    return lambda: scaled_dot_product_attention(
-        query, key, value, is_causal=queries > 1, scale=SCALE, enable_gqa=not fold
-    )
+
+    def run() -> object:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=queries > 1, scale=SCALE, enable_gqa=not fold
+        )
+
+    def run_flash() -> object:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return run()
+
+    return run_flash if flash else run
 
 
-def line(name: str, timing: Timing, baseline: float, achieved: str) -> str:
-    return f"| {name} | {timing} | {baseline / timing.median:.2f}x | {achieved} |"
+def line(name: str, timing: Timing, baseline: float, achieved: str) -> list[str]:
+    return [name, *timing.shown(), f"{baseline / timing.median:.2f}x", achieved]
 
 
 def decode_table(
-    requests: int, context: int, page_size: int, bandwidth: float
-) -> list[str]:
-    """Lines for one decode step: time, ratio to the better dense one, bandwidth."""
+    requests: int, context: int, kept: float, page_size: int, bandwidth: float
+) -> list[list[str]]:
+    """Lines for one decode step: time, ratio to the best dense one, bandwidth."""
     dense = {
-        name: measure(dense_attention(requests, 1, context, fold))
-        for name, fold in [("dense, grouped heads", False), ("dense, folded", True)]
+        "dense, SDPA": dense_attention(requests, 1, context, fold=False),
+        "dense, SDPA, folded": dense_attention(requests, 1, context, fold=True),
+        "dense, FlashAttention": dense_attention(
+            requests, 1, context, fold=True, flash=True
+        ),
     }
-    baseline = min(timing.median for timing in dense.values())
+    timings = {name: measure(run) for name, run in dense.items()}
+    baseline = min(timing.median for timing in timings.values())
 
     def floor(timing: Timing, kept_bytes: int) -> str:
         return f"{kept_bytes / bandwidth / timing.median:.0%} of copy bandwidth"
 
-    everything = decode_rows(requests, context, 1.0, page_size)
-    some = decode_rows(requests, context, FULL_SHARE, page_size)
+    sizes = requests, context
+    everything = decode_rows(*sizes, context, 1.0, page_size)
     title = f"decode {requests} x {context}: "
     lines = [
         line(title + name, timing, baseline, floor(timing, everything.kept_bytes))
-        for name, timing in dense.items()
+        for name, timing in timings.items()
     ]
-    for name, rows in [("all kept", everything), (f"{FULL_SHARE:.0%} full", some)]:
+    part = round(kept * context)
+    for name, rows in [
+        ("head pages, all kept", everything),
+        (f"head pages, {kept:.1%} kept", decode_rows(*sizes, part, 0.0, page_size)),
+        (
+            f"head pages, {kept:.1%} of heads full",
+            decode_rows(*sizes, SINKS + RECENT, kept, page_size),
+        ),
+    ]:
         timing = measure(rows.attention())
         achieved = floor(timing, rows.kept_bytes)
         lines.append(line(title + name, timing, baseline, achieved))
     return lines
 
 
-def prefill_table(chunk: int, context: int, page_size: int) -> list[str]:
+def prefill_table(chunk: int, context: int, page_size: int) -> list[list[str]]:
     """Lines for one chunk: time, ratio to full heads, matrix rate."""
 
     def rate(timing: Timing, flops: int) -> str:
@@ -195,25 +222,39 @@ def prefill_table(chunk: int, context: int, page_size: int) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page-size", type=int, default=16)
+def tables(arguments: argparse.Namespace) -> list[list[str]]:
+    """Lines of everything that is measured."""
+    bandwidth, page_size = copy_bandwidth(), arguments.page_size
+    lines: list[list[str]] = []
+    for context in arguments.context:
+        sizes = arguments.requests, context, arguments.kept
+        lines += decode_table(*sizes, page_size, bandwidth)
+        chunk = arguments.chunk
+        lines += prefill_table(chunk, chunk, page_size)
+        lines += prefill_table(chunk, context, page_size) if context > chunk else []
+    return lines
+
+
+def main(options: list[str] | None = None) -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--requests", type=int, default=32)
-    arguments = parser.parse_args()
+    parser.add_argument("--context", nargs="+", type=int, default=[32768])
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--kept", type=float, default=0.125, help="share of the cache")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args(options)
+    if not torch.cuda.is_available():
+        parser.exit(2, "benchmarks.gpu_rows: needs an NVIDIA GPU\n")
     torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, page size {arguments.page_size}, ", end="")
-    print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s\n")
-    print("| case | median, µs | spread | speed-up | achieved |")
-    print("|---|---|---|---|---|")
-    lines = []
-    for context in (8192, 32768):
-        lines += decode_table(
-            arguments.requests, context, arguments.page_size, bandwidth
-        )
-    lines += prefill_table(8192, 8192, arguments.page_size)
-    lines += prefill_table(8192, 32768, arguments.page_size)
-    print("\n".join(lines))
+    title = f"{torch.cuda.get_device_name()}, pages of {arguments.page_size} tokens"
+    columns = ["case", "median us", "spread", "speed-up", "achieved"]
+    report = Report("gpu_rows")
+    report.tables.append(Table(title, columns, tables(arguments)))
+    report.write(arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
@@ -18,17 +21,19 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from kvserve.engine import hardware
 from kvserve.engine.attention import HeadPagedAttention, HeadPagedMetadata
 from kvserve.engine.clock import Clock
-from kvserve.engine.device import PAGE_SIZE, CPUDevice, Device
-from kvserve.engine.page_tables import PageTables
+from kvserve.engine.device import PAGE_SIZE
+from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import HeadPagedSpec
+from kvserve.lanes import IntArray
 from kvserve.plan import StreamRule
 
 
 class HeadPagedBackend(AttentionBackend):
-    """Stands in for ``CPU_ATTN``, the one backend that vLLM's CPU platform asks for."""
+    """Stands in for the backend of ``hardware.attention_slot``, and bears its name."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
@@ -39,13 +44,17 @@ class HeadPagedBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CPU_ATTN"
+        return hardware.attention_slot().name
 
     @staticmethod
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_SIZE)]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability >= DeviceCapability(8, 0)  # what Triton takes
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -63,6 +72,8 @@ class HeadPagedBackend(AttentionBackend):
 class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
     """Builds the rows of each step; the worker attaches the batch they come from."""
 
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(
         self,
         kv_cache_spec: HeadPagedSpec,
@@ -76,21 +87,22 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group_size = model.get_num_attention_heads(parallel)
         group_size //= model.get_num_kv_heads(parallel)
-        self.kernels: Device = CPUDevice(
-            kv_cache_spec.dtype,
-            group_size,
-            kv_cache_spec.head_size,
-            kv_cache_spec.block_size,
-        )
         self.clock = Clock()
         self.tables, self._rows = self._make_tables(vllm_config)
+        self.kernels, self.staging = hardware.kernels_and_staging(
+            kv_cache_spec, group_size, self.tables, device
+        )
         self._input_batch: Any = None
+        # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        for index, layer in enumerate(layers.values()):
+            cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
 
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
         spec = cast(HeadPagedSpec, self.kv_cache_spec)
         rule = cast(StreamRule, spec.rule)
         rank = get_tensor_model_parallel_rank()
-        tables = PageTables(
+        tables = hardware.tables_class()(
             spec.plan,
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
@@ -104,8 +116,15 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         self._input_batch = input_batch
 
     def _requests(self, common: CommonAttentionMetadata) -> list[str]:
+        if self._input_batch is None:  # vLLM profiles CUDA graphs
+            return []
         requests: list[str] = self._input_batch.req_ids[: common.num_reqs]
         return requests
+
+    def _page_lists(self) -> PageArray:
+        """Page list of each batch row, ``[rows, pages]``."""
+        lists: PageArray = self._input_batch.block_table[0].get_numpy_array()
+        return lists
 
     def build(
         self,
@@ -113,27 +132,46 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> HeadPagedMetadata:
-        common = common_attn_metadata
-        seq_lens = common.seq_lens.numpy().astype(np.int64)
-        query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
-        requests = self._requests(common)
-        self.tables.refresh(requests, common.block_table_tensor.numpy(), seq_lens)
-        step = self._rows.build(query_start, seq_lens)
-        prepared = [self.kernels.plan_rows(shape) for shape in step.shapes]
-        tables = step.page_tables
+        requests = self._requests(common_attn_metadata)
+        return self._build(requests, common_attn_metadata)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> HeadPagedMetadata:
+        # vLLM also replays graphs without a request, beside other ranks that have some.
+        return self._build([], common_attn_metadata)
+
+    def _build(
+        self, requests: list[str], common: CommonAttentionMetadata
+    ) -> HeadPagedMetadata:
+        """Build a step's rows; tokens that no request has are padding."""
+        step = None
+        if requests:
+            query_start, seq_lens = lengths_of(common, len(requests))
+            self.tables.refresh(requests, self._page_lists(), seq_lens)
+            step = self._rows.build(query_start, seq_lens)
+        staged = self.staging.stage(step, common.num_actual_tokens)
         return HeadPagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            num_decode_tokens=step.num_decode_tokens,
-            rows=[prepared[shape] for shape in step.shape_of_layer],
-            page_tables=(
-                [torch.from_numpy(table) for table in tables]
-                if isinstance(tables, list)
-                else torch.from_numpy(tables)
-            ),
-            slots=torch.from_numpy(step.slots),
-            copies=[
-                (torch.from_numpy(source), torch.from_numpy(target))
-                for source, target in step.copies
-            ],
+            num_decode_tokens=staged.num_decode_tokens,
+            rows=staged.rows,
+            page_tables=staged.page_tables,
+            slots=staged.slots,
+            copies=staged.copies,
             clock=self.clock,
         )
+
+
+def lengths_of(
+    common: CommonAttentionMetadata, requests: int
+) -> tuple[IntArray, IntArray]:
+    """First token of each request, ``[requests + 1]``, and its tokens when it is done.
+
+    vLLM calls the host's lengths an upper bound; they are exact where nothing is
+    speculated.
+    """
+    seq_lens = common.seq_lens_cpu_upper_bound
+    assert seq_lens is not None, "the model runner fills it in"
+    query_start = common.query_start_loc_cpu[: requests + 1]
+    lengths = seq_lens[:requests]
+    return query_start.numpy().astype(np.int64), lengths.numpy().astype(np.int64)

@@ -75,6 +75,7 @@ class DenseMetadata(HeadPagedMetadata):
     Attributes:
         positions: Position of each row's token, ``[tokens * H_kv]``, int32.
         lengths: Tokens of each decode row's lane, ``[num_layers, rows]``.
+        widest: Pages of the longest of them.
         heavy: Decode rows whose slot is chosen by score, of each layer ``[n]``.
         safe_from: Position from which tokens are safe from it, ``[num_layers, rows]``.
         weighed: Decode rows of requests that have read theirs, ``[n]``.
@@ -84,6 +85,7 @@ class DenseMetadata(HeadPagedMetadata):
 
     positions: torch.Tensor
     lengths: torch.Tensor
+    widest: int
     heavy: list[torch.Tensor]
     safe_from: torch.Tensor
     weighed: torch.Tensor
@@ -137,7 +139,7 @@ class DensePagedAttention(HeadPagedAttention):
     ) -> CachedRows:
         layer, page_size = self._layer_index, mass.shape[1]
         table, lengths = meta.page_tables[layer], meta.lengths[layer]
-        return CachedRows(table, lengths, rows, page_size)
+        return CachedRows(table, lengths, rows, page_size, meta.widest)
 
     def _observe(
         self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata

@@ -10,12 +10,18 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
 
+from kvserve.engine import hardware
 from kvserve.engine.attention import HeadPagedMetadata
-from kvserve.engine.backend import HeadPagedBackend, HeadPagedMetadataBuilder
+from kvserve.engine.backend import (
+    HeadPagedBackend,
+    HeadPagedMetadataBuilder,
+    lengths_of,
+)
 from kvserve.engine.dense_attention import (
     DenseMetadata,
     DensePagedAttention,
@@ -32,7 +38,7 @@ from kvserve.plan import blocks_of
 
 
 class DensePagedBackend(HeadPagedBackend):
-    """Stands in for ``CPU_ATTN`` like its base."""
+    """Stands in for another backend like its base."""
 
     @staticmethod
     def get_impl_cls() -> type[DensePagedAttention]:
@@ -46,17 +52,20 @@ class DensePagedBackend(HeadPagedBackend):
 class DenseMetadataBuilder(HeadPagedMetadataBuilder):
     """Builds a step's rows, and moves survivors when all its layers are done."""
 
+    # A step of single tokens may end a prompt, which a graph would not notice.
+    _cudagraph_support = AttentionCGSupport.NEVER
+
     tables: DenseTables
     kv_cache_spec: DensePagedSpec
 
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
-        tables = DenseTables(
+        tables = hardware.dense_tables_class()(
             self.kv_cache_spec.rule,
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
         )
         self._step: DenseMetadata | None = None
-        self._page_lists: dict[str, PageArray] = {}
+        self._lists_of: dict[str, PageArray] = {}
         return tables, DenseRowBuilder(tables)
 
     def make_state(self, pool: torch.Tensor) -> TokenState:
@@ -65,9 +74,9 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         self._pool, mass = pool, None
         asked = self.kv_cache_spec.rule.policy.capabilities.statistics
         if "attention mass" in asked:
-            self.kernels.prepare_statistics()
-            mass = torch.zeros(shape)
-        position = torch.full(shape, -1, dtype=torch.int32)
+            self.kernels.prepare_statistics(pool)
+            mass = torch.zeros(shape, device=pool.device)
+        position = torch.full(shape, -1, dtype=torch.int32, device=pool.device)
         self._state = TokenState(position, mass)
         return self._state
 
@@ -79,34 +88,35 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
     ) -> HeadPagedMetadata:
         common = common_attn_metadata
         base = super().build(common_prefix_len, common, fast_build)
-        seq_lens = common.seq_lens.numpy().astype(np.int64)
-        query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
+        query_start, seq_lens = lengths_of(common, common.num_reqs)
         rows = slice(base.num_decode_tokens)
         tables = self.tables
         held = tables.lane_tokens(seq_lens[rows])
         full = seq_lens[rows, None] - tables.dropped[:, rows] > held
         readers = self._readers(common, query_start, seq_lens)
-        heads = self.kv_cache_spec.plan.num_kv_heads
+        heads, page_size = self.kv_cache_spec.plan.num_kv_heads, self._pool.shape[2]
+        bring = self.staging.tensor
         positions = _positions(query_start, seq_lens)
         heavy = full & tables.heavy[:, rows]
         safe_from = seq_lens[rows, None] - 1 - tables.protected[:, rows]
         self._step = DenseMetadata(
             **{one.name: getattr(base, one.name) for one in fields(base)},
-            positions=torch.from_numpy(positions.astype(np.int32).repeat(heads)),
-            lengths=_by_row(held),
-            heavy=[torch.from_numpy(np.flatnonzero(layer)) for layer in heavy],
-            safe_from=_by_row(safe_from),
-            weighed=self._weighed(base.num_decode_tokens, readers),
+            positions=bring(positions.astype(np.int32).repeat(heads)),
+            lengths=bring(_by_row(held)),
+            widest=blocks_of(int(held.max(initial=1)), page_size),
+            heavy=self.staging.tensors([np.flatnonzero(layer) for layer in heavy]),
+            safe_from=bring(_by_row(safe_from)),
+            weighed=bring(self._weighed(base.num_decode_tokens, readers)),
             readers=readers,
         )
         return self._step
 
-    def _weighed(self, num_decodes: int, readers: list[Reader]) -> torch.Tensor:
+    def _weighed(self, num_decodes: int, readers: list[Reader]) -> IntArray:
         """Decode rows whose tokens do not read a prompt."""
         heads = self.kv_cache_spec.plan.num_kv_heads
         decodes = np.ones((num_decodes, heads), dtype=bool)
         decodes[[r.tokens.start for r in readers if r.tokens.start < num_decodes]] = 0
-        return torch.from_numpy(np.flatnonzero(decodes))
+        return np.flatnonzero(decodes)
 
     def _readers(
         self,
@@ -115,7 +125,7 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         seq_lens: IntArray,
     ) -> list[Reader]:
         readers = []
-        lists = common.block_table_tensor.numpy()
+        lists = self._page_lists()
         for row, name in enumerate(self._requests(common)):
             plan = self.tables.plan_of(name)
             length = int(seq_lens[row])
@@ -124,9 +134,9 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
             blocks = blocks_of(length, plan.page_size)
             pages = self.tables.by_slot[:, row, :, :blocks].astype(np.int64)
             tokens = slice(int(query_start[row]), int(query_start[row + 1]))
-            reader = Reader(name, plan, tokens, length, torch.from_numpy(pages))
+            reader = Reader(name, plan, tokens, length, self.staging.tensor(pages))
             if reader.is_done:
-                self._page_lists[name] = lists[row, : plan.kept_entries].copy()
+                self._lists_of[name] = lists[row, : plan.kept_entries].copy()
             readers.append(reader)
         return readers
 
@@ -135,7 +145,7 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         step, self._step = self._step, None
         for request_id, layers in (step.survivors if step else {}).items():
             with self.clock.compacting():
-                self._settle(request_id, layers, self._page_lists.pop(request_id))
+                self._settle(request_id, layers, self._lists_of.pop(request_id))
 
     def _settle(
         self, request_id: str, layers: list[Survivors], pages: PageArray
@@ -143,7 +153,7 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         plan, size = self.tables.plan_of(request_id), self._pool.shape[2]
         place = plan.kept_places
         page = pages[place // size].astype(np.int64)
-        slots = torch.from_numpy(page * size + place % size)
+        slots = self.staging.tensor(page * size + place % size)
         keys = torch.cat([layer.keys for layer in layers])
         values = torch.cat([layer.values for layer in layers])
         self.kernels.write(keys, values, self._pool, slots)
@@ -157,9 +167,10 @@ class DenseMetadataBuilder(HeadPagedMetadataBuilder):
         self.tables.settle(request_id, heads.argsort(axis=1))
 
 
-def _by_row(by_lane: Any) -> torch.Tensor:
+def _by_row(by_lane: IntArray) -> IntArray:
     """Flatten ``[num_layers, rows, num_kv_heads]`` to kernel rows of each layer."""
-    return torch.from_numpy(by_lane.reshape(len(by_lane), -1))
+    flat: IntArray = by_lane.reshape(len(by_lane), -1)
+    return flat
 
 
 def _positions(query_start: IntArray, seq_lens: IntArray) -> IntArray:

@@ -47,7 +47,7 @@ class Device(Protocol):
     def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Return values of ``pages``, ``[*pages.shape, page_size, D]``."""
 
-    def prepare_statistics(self) -> None:
+    def prepare_statistics(self, pool: torch.Tensor) -> None:
         """Get the three calls below ready, before the first request."""
 
     def attention_mass(
@@ -200,7 +200,7 @@ class CPUDevice:
     def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         return self._read(pool, pages, 1)
 
-    def prepare_statistics(self) -> None:
+    def prepare_statistics(self, pool: torch.Tensor) -> None:
         native.library()
 
     def attention_mass(

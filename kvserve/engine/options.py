@@ -24,15 +24,21 @@ from vllm.plugins import (
     STAT_LOGGER_PLUGINS_GROUP,
 )
 
+from kvserve.engine import hardware
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
 from policies.base import DensePolicy, StreamingPolicy
 
-_WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
+EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
+"""Environment: 1 lets a policy start on CUDA, as ``--experimental-cuda`` does."""
+
+_CPU_WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
+_GPU_WORKER = "kvserve.engine.worker.HeadPagedWorker"
 _ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
 _DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _STOCK = "or serve with stock vLLM: `--policy none`"
 
 _REFUSED: dict[str, str] = {
@@ -63,7 +69,7 @@ def engine_options(
     Raises:
         UserError: an option that head pages cannot honour.
     """
-    _check_platform()
+    check_platform()
     for name, why in _REFUSED.items():
         if options.get(name):
             raise UserError(f"{_flag(name)}: {why}; leave it out, {_STOCK}")
@@ -90,10 +96,32 @@ def engine_options(
         **options,
         "block_size": block_size,
         "enable_prefix_caching": False,
-        "worker_cls": _WORKER,
+        "worker_cls": _worker(),
         **_scheduler_for(settings, options),
+        **_on_gpu(options),
         "additional_config": {**additional, **settings.to_additional_config()},
     }
+
+
+def _worker() -> str:
+    return _GPU_WORKER if hardware.has_gpu() else _CPU_WORKER
+
+
+def _on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a GPU needs and a CPU has anyway."""
+    if not hardware.has_gpu():
+        return {}
+    if options.get("attention_backend"):
+        raise UserError(
+            f"--attention-backend={options['attention_backend']}: a policy brings its "
+            f"own; leave it out, {_STOCK}"
+        )
+    if options.get("async_scheduling"):
+        raise UserError(
+            "--async-scheduling: the schedulers of policies plan one step at a time; "
+            f"leave it out, {_STOCK}"
+        )
+    return {"async_scheduling": False}
 
 
 def _scheduler_for(
@@ -144,6 +172,8 @@ def prepare_environment(options: Mapping[str, Any]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(sorted((plugins | {"kvserve"}) - {""}))
     if current_platform.is_cpu():
         _bind_threads(local_workers(options))
+    elif options.get("experimental_cuda"):
+        os.environ[EXPERIMENTAL_CUDA] = "1"
 
 
 def local_workers(options: Mapping[str, Any]) -> int:
@@ -208,16 +238,33 @@ def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_platform() -> None:
+def check_platform() -> None:
+    """Refuse what no policy runs on; on CUDA, what nobody has asked for.
+
+    Raises:
+        UserError: says what to set or unset.
+    """
     if not current_platform.is_cpu():
+        _check_gpu()
+    if os.environ.get(_RUNNER, "0") not in ("", "0"):
+        raise UserError(f"{_RUNNER}=1: policies need vLLM's V1 model runner; unset it")
+
+
+def _check_gpu() -> None:
+    name = current_platform.device_name or "this device"
+    if not current_platform.is_cuda():
         raise UserError(
-            "--policy: this version serves policies on CPUs only; on "
-            f"{current_platform.device_name or 'this device'} use `--policy none`"
+            f"--policy: this version serves policies on CPUs only; on {name} use "
+            "`--policy none`"
         )
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+    if os.environ.get(EXPERIMENTAL_CUDA) != "1":
         raise UserError(
-            "VLLM_USE_V2_MODEL_RUNNER=1: policies need vLLM's V1 model runner; unset it"
+            "--policy: this version serves policies on CPUs only, and has never run "
+            f"on {name}; use `--policy none`, or try it with --experimental-cuda "
+            f"({EXPERIMENTAL_CUDA}=1)"
         )
+    # vLLM's V2 runner is the default on CUDA, and knows no worker's hooks.
+    os.environ.setdefault(_RUNNER, "0")
 
 
 def _check_cache_type(options: Mapping[str, Any]) -> None:
@@ -233,7 +280,7 @@ def _check_cache_type(options: Mapping[str, Any]) -> None:
             f"use auto, {_STOCK}"
         )
     worker = options.get("worker_cls") or "auto"
-    if worker not in ("auto", _WORKER):
+    if worker not in ("auto", _worker()):
         raise UserError(
             f"--worker-cls={worker}: a policy brings its own worker; leave it out, "
             f"{_STOCK}"

@@ -64,6 +64,16 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cuda_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--experimental-cuda",
+        action="store_true",
+        help="let a policy start on an NVIDIA GPU, where this version has never run; "
+        "see docs/architecture.md. The environment's KVSERVE_EXPERIMENTAL_CUDA=1 does "
+        "the same for every command",
+    )
+
+
 def choose_policy(
     policy: str | None, policy_args: list[str], model: str
 ) -> PolicySettings | None:
@@ -95,6 +105,7 @@ def serve(argv: list[str]) -> int:
     )
     parser = make_arg_parser(parser)
     add_policy_arguments(parser)
+    _add_cuda_argument(parser)
     add_http_arguments(parser)
     args = parser.parse_args(argv)
     HttpSettings.from_args(args)  # refuses flags before anything is loaded

@@ -11,23 +11,27 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, cast
 
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import AttentionConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from kvserve.dense_plan import DenseRule
-from kvserve.engine.attention import HeadPagedAttention
+from kvserve.engine import hardware
 from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
+from kvserve.engine.options import check_platform
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
 from kvserve.engine.usage import WorkerUsage
+from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
 
 _STREAMING = "kvserve.engine.backend.HeadPagedBackend"
@@ -35,14 +39,18 @@ _DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
 
 
 @contextmanager
-def _attention_backend(path: str) -> Iterator[None]:
+def _attention_backend(path: str, attention: AttentionConfig) -> Iterator[None]:
     """Let layers built inside resolve to our backend, and only those."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    slot = hardware.attention_slot()
+    asked = attention.backend, attention.backend_per_kind
+    register_backend(slot, path)
+    attention.backend, attention.backend_per_kind = slot, {}
     selector._cached_get_attn_backend.cache_clear()
     try:
         yield
     finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        slot.clear_override()
+        attention.backend, attention.backend_per_kind = asked
         selector._cached_get_attn_backend.cache_clear()
 
 
@@ -55,16 +63,22 @@ def _lengths(request: NewRequestData) -> tuple[int, int]:
     return prompt_tokens, sampling.max_tokens or 0
 
 
-class HeadPagedCPUWorker(CPUWorker):
-    """A CPU worker whose KV cache is a pool of head pages under a policy."""
+class HeadPagedWorker(Worker):
+    """A GPU worker whose KV cache is a pool of head pages under a policy."""
 
     _builder: HeadPagedMetadataBuilder
     _rule: Rule
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        check_platform()
+        if self.use_v2_model_runner:
+            raise UserError(
+                "VLLM_USE_V2_MODEL_RUNNER: policies need vLLM's V1 model runner; set 0"
+            )
         self._rule = rule_of(self.vllm_config)
         is_dense = isinstance(self._rule, DenseRule)
-        with _attention_backend(_DENSE if is_dense else _STREAMING):
+        backend = _DENSE if is_dense else _STREAMING
+        with _attention_backend(backend, self.vllm_config.attention_config):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
         check_layers(self.vllm_config, layers)
@@ -74,9 +88,25 @@ class HeadPagedCPUWorker(CPUWorker):
                 # Sharing is how layers bind to one tensor and one metadata object.
                 layer.kv_sharing_target_layer_name = first
 
+    def _make_model_runner(self) -> GPUModelRunner:
+        runner = super()._make_model_runner()
+        # The runner asks itself when it profiles CUDA graphs, not the worker.
+        stock = runner.get_kv_cache_spec
+
+        def head_paged() -> dict[str, KVCacheSpec]:
+            return self._head_paged(stock())
+
+        runner.get_kv_cache_spec = head_paged  # type: ignore[method-assign]
+        return runner
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        stock = super().get_kv_cache_spec()
-        first, spec = next(iter(stock.items()))
+        return self._head_paged(super().get_kv_cache_spec())
+
+    def _head_paged(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+        """Replace the first layer's spec, which all layers share, by ours."""
+        first, spec = next(iter(specs.items()))
+        if isinstance(spec, HeadPagedSpec):
+            return specs
         layer, rule = self._attention_layers()[first], self._rule
         page: dict[str, Any] = {
             "rule": rule,
@@ -97,8 +127,6 @@ class HeadPagedCPUWorker(CPUWorker):
         self._builder.attach(self.model_runner.input_batch)
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
-        for index, layer in enumerate(layers):
-            cast(HeadPagedAttention, layer.impl).bind(self._builder.kernels, index)
         if isinstance(self._rule, DenseRule):
             builder = cast(DenseMetadataBuilder, self._builder)
             state = builder.make_state(next(iter(layers)).kv_cache)
@@ -128,3 +156,7 @@ class HeadPagedCPUWorker(CPUWorker):
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)
+
+
+class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
+    """The same on a CPU."""

@@ -25,17 +25,26 @@ class CachedRows:
         page_table: ``[R, W]``, int32.
         lengths: Tokens of each row of the table, ``[R]``, int64.
         rows: Those that are meant, ``[n]``, int64.
+        width: Pages of the longest of them or more, where the host knows: to look it
+            up would wait for the device.
     """
 
     page_table: Tensor
     lengths: Tensor
     rows: Tensor
     page_size: int
+    width: int | None = None
 
     def pages(self) -> Tensor:
         """Pages of the rows meant, ``[n, w]``, as wide as the longest of them."""
-        width = int(-(-self.lengths[self.rows].max() // self.page_size))
-        return self.page_table[self.rows, :width].long()
+        return self.narrowed_table()[self.rows].long()
+
+    def narrowed_table(self) -> Tensor:
+        """The page table as far as the rows meant go, ``[R, w]``."""
+        width = self.width
+        if width is None:
+            width = int(-(-self.lengths[self.rows].max() // self.page_size))
+        return self.page_table[:, :width]
 
 
 def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between a CPU and a GPU: kernels, staging, tables.
+
+The GPU's part imports Triton, which a CPU need not have.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from kvserve.engine.dense_tables import DenseTables
+from kvserve.engine.device import CPUDevice, Device
+from kvserve.engine.page_tables import PageTables
+from kvserve.engine.spec import HeadPagedSpec
+from kvserve.engine.staging import HostStaging, Staging
+
+
+def has_gpu() -> bool:
+    """Tell whether pages lie on a GPU."""
+    return not current_platform.is_cpu()
+
+
+def uses_triton() -> bool:
+    """Tell whose kernels run. Tests let Triton's interpreter run a GPU's on a CPU."""
+    return has_gpu()
+
+
+def attention_slot() -> AttentionBackendEnum:
+    """Name the backend that ours stands in for while a model loads.
+
+    vLLM's CPU platform asks for one backend alone; CUDA's takes any that is named.
+    """
+    if has_gpu():
+        return AttentionBackendEnum.CUSTOM
+    return AttentionBackendEnum.CPU_ATTN
+
+
+def tables_class() -> type[PageTables]:
+    """Page tables of streaming policies."""
+    if not uses_triton():
+        return PageTables
+    from kvserve.engine.mirror import WatchedTables
+
+    return WatchedTables
+
+
+def dense_tables_class() -> type[DenseTables]:
+    """Page tables of policies with a dense prefill."""
+    if not uses_triton():
+        return DenseTables
+    from kvserve.engine.mirror import WatchedDenseTables
+
+    return WatchedDenseTables
+
+
+def kernels_and_staging(
+    spec: HeadPagedSpec, group_size: int, tables: PageTables, device: torch.device
+) -> tuple[Device, Staging]:
+    """Make what runs on the device, and what brings a step's rows there.
+
+    Args:
+        group_size: query heads that share a KV head.
+        tables: made by one of the two classes above.
+    """
+    if not uses_triton():
+        kernels = CPUDevice(spec.dtype, group_size, spec.head_size, spec.block_size)
+        return kernels, HostStaging(kernels)
+    from kvserve.engine.device_staging import DeviceStaging
+    from kvserve.engine.mirror import TableMirror, WatchedDenseTables, WatchedTables
+    from kvserve.engine.triton_device import TritonDevice
+
+    assert isinstance(tables, WatchedTables | WatchedDenseTables)
+    on_gpu = TritonDevice(device, group_size)
+    mirror = TableMirror(tables, device)
+    return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size)
