@@ -16,7 +16,7 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """An x86 processor that knows AVX2 at most."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
 
 
 @pytest.mark.usefixtures("old")
