@@ -25,9 +25,9 @@ from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvserve import LLM
-from kvserve.evaluation.budgets import PolicySpec
 from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
+from policies.budgets import PolicySpec
 
 STOCK, WEIGHTS = "none", "weights"
 
