@@ -20,6 +20,7 @@ from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
 from policies.base import Policy
+from policies.registry import changed_arguments
 
 
 class ServedPolicy:
@@ -46,11 +47,7 @@ class ServedPolicy:
     @property
     def changed_arguments(self) -> str:
         """Arguments that are not the defaults, as ``key=value`` with commas."""
-        return ",".join(
-            f"{field.name}={getattr(self._policy, field.name)}"
-            for field in dataclasses.fields(self._policy)
-            if getattr(self._policy, field.name) != field.default
-        )
+        return changed_arguments(self._policy)
 
     def describe(self, context: int) -> PolicyBody:
         """Describe the policy, with budgets for requests of ``context`` tokens."""
