@@ -97,11 +97,11 @@ def cache_usage(
     }
 
 
-def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]]:
-    """What requests that ended had seen and kept, by policy, where that is mixed."""
+def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:
+    """What requests that ended had seen and kept, where policies are mixed."""
     rule = manager.rule
     if not isinstance(rule, StreamRule) or not rule.mixed:
-        return {}
+        return None
     totals = manager.ledger.ended.items()
     return {policy: dataclasses.asdict(ended) for policy, ended in totals}
 

@@ -19,6 +19,7 @@ from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
+from kvserve.plan import StreamRule
 from policies.base import Policy
 from policies.registry import changed_arguments
 
@@ -29,7 +30,7 @@ class ServedPolicy:
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
         self._policy = PolicySettings.from_config(config).create_policy()
-        self._rule = rule_of(config)
+        self.rule = rule_of(config)
         self.page_bytes = page_bytes_of(config)
 
     @property
@@ -55,17 +56,18 @@ class ServedPolicy:
         return PolicyBody(
             policy=self.name,
             arguments=self.arguments,
-            summary=self._rule.describe(),
+            summary=self.rule.describe(),
             source=self._policy.paper,
             capabilities=dataclasses.asdict(self._policy.capabilities),
             model=Served(
                 **{name: getattr(model, name) for name in Served.model_fields}
             ),
-            page_tokens=self._rule.page_size,
+            page_tokens=self.rule.page_size,
             page_bytes=self.page_bytes,
-            scratch_pages=scratch_of(self._config, self._rule),
+            scratch_pages=scratch_of(self._config, self.rule),
             budgets=self._budgets(context),
             profiles=self._profiles,
+            request_policies=isinstance(self.rule, StreamRule) and self.rule.mixed,
         )
 
     def plan(self, context: int, pool: int) -> PlanBody:
@@ -74,7 +76,7 @@ class ServedPolicy:
         Args:
             pool: pages that requests can have.
         """
-        rule = self._rule
+        rule = self.rule
         pages, full = rule.pages(context), rule.full.pages(context)
         peak = rule.most_pages(context)
         # A cache that evicts nothing needs no scratch: its pages are requests', too.
@@ -93,7 +95,7 @@ class ServedPolicy:
         )
 
     def _budgets(self, context: int) -> Budgets:
-        rule = self._rule
+        rule = self.rule
         lanes = rule.plan(context).lane_tokens(context)
         retained = np.tile(lanes, rule.copies).tolist()
         if isinstance(rule, DenseRule):

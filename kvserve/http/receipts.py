@@ -45,5 +45,7 @@ def of_request(
         request_id=request_id,
         finished=max(one.finished for one in found),
         sequences=found,
+        policy=found[0].policy,
+        arguments=found[0].arguments,
         **{name: sum(getattr(one, name) for one in found) for name in _SUMMED},
     )
