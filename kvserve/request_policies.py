@@ -144,7 +144,7 @@ def _is_number(hint: Any) -> bool:
 
 def _for_clients(message: str) -> str:
     """Leave out what only the command line can set."""
-    message = re.sub(r"(^|`)--policy(-arg)? ", r"\1", message)
+    message = re.sub(r"(^|`)--policy(-arg)?:? ", r"\1", message)
     if "=FILE`" in message:
         message += "; the server has to be started so, a request cannot name a file"
     return message

@@ -69,7 +69,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_request_policies(parser: argparse.ArgumentParser) -> None:
     """Add ``--allow-request-policies``, which only a server needs."""
-    parser.add_argument(
+    group = parser.add_argument_group("kvserve requests", "A policy per request")
+    group.add_argument(
         "--allow-request-policies",
         action="store_true",
         help="let a request name a policy of its own, of positions like the server's, "
@@ -77,6 +78,18 @@ def _add_request_policies(parser: argparse.ArgumentParser) -> None:
         '"sink-recent:recent=480"}. The pool must hold the longest request under '
         "`full` (default: a request that names one gets 400)",
     )
+
+
+def _check_request_policies(
+    args: argparse.Namespace, settings: PolicySettings | None
+) -> None:
+    if settings is None:
+        raise stock_has_no_policies()
+    if args.grpc:
+        raise UserError(
+            "--allow-request-policies: --grpc lets requests by without a check of what "
+            "they name; leave one of them out"
+        )
 
 
 def choose_policy(
@@ -119,8 +132,8 @@ def serve(argv: list[str]) -> int:
     _resolve_model(args)
     prepare_environment(vars(args))
     settings = choose_policy(args.policy, args.policy_arg, args.model)
-    if settings is None and args.allow_request_policies:
-        raise stock_has_no_policies()
+    if args.allow_request_policies:
+        _check_request_policies(args, settings)
     if settings is not None:
         settings = dataclasses.replace(
             settings, allow_request_policies=args.allow_request_policies

@@ -118,7 +118,7 @@ def test_preempted_requests_keep_their_policies(
     alone: dict[str | None, list[Reply]],
 ) -> None:
     # Barely more than one full request of the longest length, and scratch.
-    engine = start(engines, model, chunk=128, kv_cache_memory_bytes=6 * MIB)
+    engine = start(engines, model, chunk=128, kv_cache_memory_bytes=4 * MIB)
     pairs = mixture(1)
     names = [engine.add(prompts[i], STEPS, **sampling(text)) for i, text in pairs]
     engine.finish()
@@ -263,6 +263,42 @@ def test_without_the_flag_a_named_policy_is_refused(
     stock = engines.start(model.path, None)
     with pytest.raises(UserError, match="stock vLLM"):
         stock.add([5, 6, 7], 4, **sampling("full"))
+
+
+def test_what_cannot_be_mixed_is_refused_at_start(model: Model) -> None:
+    from kvserve import LLM
+
+    cases: list[tuple[str | None, dict[str, Any], str]] = [
+        ("snapkv", {}, "--allow-request-policies: --policy snapkv .* leave the flag"),
+        (None, {}, "--allow-request-policies: --policy none"),
+        ("full", {"scheduler_cls": "a.B"}, "--scheduler-cls=a.B: --allow-request"),
+        (
+            "sink-recent",
+            {"max_model_len": 4096, "kv_cache_memory_bytes": 4 * MIB},
+            "needs .* under `full`, which --allow-request-policies lets it name",
+        ),
+    ]
+    for policy, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            LLM(str(model.path), policy=policy, allow_request_policies=True, **options)
+
+
+def test_the_pool_must_hold_a_full_request_and_does(
+    engines: EngineSlot, model: Model
+) -> None:
+    # Six lanes of 32 pages, scratch for chunks of 64 tokens, and page 0.
+    pages = 6 * 32 + (64 // PAGE + 2) * 2 + 1
+    size = pages * 2 * PAGE * 64 * 4
+    options = {"max_num_seqs": 2, "kv_cache_memory_bytes": size}
+    engine = start(engines, model, chunk=64, **options)
+    assert engine.pages_for_requests == 6 * 32
+    (prompt,) = random_prompts([1000], model.vocab, seed=3)
+    names = [engine.add(prompt, 24, **sampling(text)) for text in ("full", None)]
+    engine.finish()
+    assert [len(engine.replies.pop(name).tokens) for name in names] == [24, 24]
+    engines.close()
+    with pytest.raises(UserError, match="under `full`"):
+        start(engines, model, 64, **options | {"kv_cache_memory_bytes": size - 1})
 
 
 class Crowd:

@@ -214,10 +214,7 @@ def test_other_routes_refuse_too(mixed: Server) -> None:
         "/v1/messages": {"messages": [message], "max_tokens": 4, **naming("nothing")},
         "/inference/v1/generate": {
             "token_ids": [5, 6, 7],
-            "sampling_params": {
-                "max_tokens": 4,
-                "extra_args": {"kv_policy": "nothing"},
-            },
+            "sampling_params": sampling,
         },
     }
     with mixed.client() as client:
