@@ -5,7 +5,7 @@ A client types it, so a request may set numbers and switches alone: a text could
 a file, and no client makes a server read one. What a request cannot set is as the
 server was started, if it was started with the same policy, else the default.
 
-API process, scheduler and worker each make the rule from the same text.
+Scheduler and worker each make the rule from the same text.
 """
 
 from __future__ import annotations
@@ -53,6 +53,23 @@ def rule_named(rule: StreamRule, text: object, tokens: int) -> StreamRule:
         # Numbers that no policy was written for are the client's mistake.
         raise UserError(f"{text}: cannot be planned ({error})") from None
     return named
+
+
+def without_budget(rule: StreamRule, text: str, tokens: int) -> str:
+    """Write parameters for the budget that a request names.
+
+    What is left follows from the text alone, so that nobody who reads it later can take
+    the request for longer or shorter.
+
+    Raises:
+        UserError: as :func:`rule_named`.
+    """
+    policy, spec = rule_named(rule, text, tokens).policy, _parse(text)
+    if spec.budget is None:
+        return text
+    hints = _hints(type(policy))
+    settable = [key for key, hint in hints.items() if _is_number(hint)]
+    return f"{spec.name}:" + ",".join(f"{k}={getattr(policy, k)}" for k in settable)
 
 
 @lru_cache(maxsize=256)

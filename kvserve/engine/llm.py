@@ -76,7 +76,7 @@ def _guard(engine: Any, guard: PolicyGuard) -> None:
             prompt = length_from_prompt_token_ids_or_embeds(
                 request.prompt_token_ids, request.prompt_embeds
             )
-            guard.check(params, prompt, params.max_tokens)
+            guard.admit(params, prompt)
         return request
 
     engine.input_processor.process_inputs = checked

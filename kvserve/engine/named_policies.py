@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from kvserve.engine.support import Rule, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.plan import StreamRule
-from kvserve.request_policies import rule_named
+from kvserve.request_policies import rule_named, without_budget
 
 KEY = "kv_policy"
 
@@ -63,14 +63,13 @@ class PolicyGuard:
             pool -= scratch_of(config, rule)
         return cls(rule, config.model_config.max_model_len, pool)
 
-    def check(
-        self, params: Any, prompt_tokens: int | None, reply_tokens: int | None
-    ) -> None:
-        """Refuse a request whose policy cannot be honoured.
+    def admit(self, params: Any, prompt_tokens: int | None) -> None:
+        """Let a request pass, its budget made into parameters, or refuse it.
 
         Args:
-            prompt_tokens: of a prompt that is not known yet: ``None``.
-            reply_tokens: ``None`` is as many as fit.
+            params: its sampling parameters; without ``max_tokens`` the reply may be as
+                long as fits.
+            prompt_tokens: ``None`` if they are not known yet.
 
         Raises:
             UserError: one line, for whoever wrote the request.
@@ -78,11 +77,11 @@ class PolicyGuard:
         text = named_in(params)
         if text is None:
             return
-        self.check_allowed()
+        self._check_allowed()
         assert isinstance(self._rule, StreamRule), "dense policies are not mixed"
         tokens = self._max_tokens
-        if prompt_tokens is not None and reply_tokens is not None:
-            tokens = min(prompt_tokens + reply_tokens, tokens)
+        if prompt_tokens is not None and params.max_tokens is not None:
+            tokens = min(prompt_tokens + params.max_tokens, tokens)
         pages = rule_named(self._rule, text, tokens).pages(tokens)
         if pages > self._pool:
             raise UserError(
@@ -90,8 +89,11 @@ class PolicyGuard:
                 f"{pages} pages, but the pool has {self._pool}; send fewer tokens, or "
                 "name a policy that keeps less"
             )
+        # Another request may share the dictionary.
+        settled = without_budget(self._rule, str(text), tokens)
+        params.extra_args = {**params.extra_args, KEY: settled}
 
-    def check_allowed(self) -> None:
+    def _check_allowed(self) -> None:
         """Refuse a request that names a policy where none may.
 
         Raises:

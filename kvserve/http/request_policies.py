@@ -39,7 +39,7 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
         known = isinstance(prompt, dict)
         length = extract_prompt_len(model_config, prompt) if known else None
         try:
-            guard.check(params, length, params.max_tokens)
+            guard.admit(params, length)
         except UserError as error:
             raise _refused(str(error)) from None
 

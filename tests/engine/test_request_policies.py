@@ -18,7 +18,7 @@ from tests.engine.test_isolation import assert_same
 pytestmark = pytest.mark.engine
 
 LENGTHS = [1, 31, 64, 97, 200, 333, 480, 610, 777, 900]
-STEPS = 40
+STEPS = 2 * PAGE + 8
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "sink-recent:sinks=32,recent=64": ("sink-recent", {"sinks": 32, "recent": 64}),

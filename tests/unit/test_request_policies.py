@@ -272,8 +272,8 @@ def test_under_shards_every_plan_is_in_the_servers_turns() -> None:
 
 
 class TestGuard:
-    def params(self, text: Any) -> Any:
-        return SimpleNamespace(extra_args={"kv_policy": text})
+    def params(self, text: Any, max_tokens: int | None = 1) -> Any:
+        return SimpleNamespace(extra_args={"kv_policy": text}, max_tokens=max_tokens)
 
     def test_who_names_nothing_passes_everywhere(self) -> None:
         from kvserve.engine.named_policies import PolicyGuard
@@ -281,7 +281,9 @@ class TestGuard:
         for rule in (None, RULE, dataclasses.replace(RULE, mixed=False)):
             guard = PolicyGuard(rule, 2048, 1)
             for extra in (None, {}, {"session_id": "a"}):
-                guard.check(SimpleNamespace(extra_args=extra), 100, 100)
+                params = SimpleNamespace(extra_args=extra, max_tokens=100)
+                guard.admit(params, 100)
+                assert params.extra_args is extra
 
     def test_servers_without_the_flag_say_so(self) -> None:
         from kvserve.engine.named_policies import PolicyGuard
@@ -289,20 +291,50 @@ class TestGuard:
         dense = DenseRule(SnapKV(), MODEL, 32, 2048)
         for rule in (dense, dataclasses.replace(RULE, mixed=False)):
             with pytest.raises(UserError, match="without --allow-request-policies"):
-                PolicyGuard(rule, 2048, 99999).check(self.params("full"), 1, 1)
+                PolicyGuard(rule, 2048, 99999).admit(self.params("full"), 1)
         with pytest.raises(UserError, match="stock vLLM"):
-            PolicyGuard(None, 2048, 99999).check(self.params("full"), 1, 1)
+            PolicyGuard(None, 2048, 99999).admit(self.params("full"), 1)
 
     def test_a_request_that_can_never_fit_is_refused(self) -> None:
         from kvserve.engine.named_policies import PolicyGuard
 
         guard = PolicyGuard(RULE, 2048, 90 * 20)
-        guard.check(self.params("full"), 600, 40)
-        guard.check(self.params("sink-recent:recent=64"), 600, 1000)
+        guard.admit(self.params("full", 40), 600)
+        guard.admit(self.params("sink-recent:recent=64", 1000), 600)
         with pytest.raises(UserError, match="needs 1890 pages, but the pool has 1800"):
-            guard.check(self.params("full"), 600, 41)
+            guard.admit(self.params("full", 41), 600)
         with pytest.raises(UserError, match="of 2048 tokens"):
-            guard.check(self.params("full"), 600, None)
+            guard.admit(self.params("full", None), 600)
+
+    @pytest.mark.parametrize(
+        ("text", "settled"),
+        [
+            ("full", "full"),
+            ("sink-recent:recent=64", "sink-recent:recent=64"),
+            ("moa:budget=0.25", "moa:budget=0.25"),
+            ("full:budget=1", "full:"),
+            ("streaming-llm:budget=0.5", "streaming-llm:sinks=32,recent=480"),
+            (
+                "retrieval:budget=0.5,full_ratio=0.1",
+                "retrieval:full_ratio=0.1,sinks=32,recent=352",
+            ),
+        ],
+    )
+    def test_nobody_behind_the_guard_needs_lengths(
+        self, text: str, settled: str
+    ) -> None:
+        from kvserve.engine.named_policies import PolicyGuard, rule_of_request
+
+        guard, params = PolicyGuard(RULE, 2048, 99999), self.params(text, 24)
+        given = params.extra_args
+        for _ in range(2):  # some routes ask twice
+            guard.admit(params, 1000)
+        assert params.extra_args == {"kv_policy": settled}
+        assert given == {"kv_policy": text}
+        expected = rule_named(RULE, text, 1024)
+        for tokens in (1, 1024, 4096):
+            named = rule_of_request(RULE, params, tokens)
+            assert named == expected
 
     def test_responses_are_checked_before_they_begin(self) -> None:
         from vllm import SamplingParams
