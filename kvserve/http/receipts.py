@@ -3,7 +3,8 @@
 
 vLLM's engine names a sequence ``[N_]KIND-ID[-N]-RANDOM``: ``ID`` is the request's
 ``X-Request-Id``, ``KIND-ID`` is the ``id`` of the response, the first number tells
-samples (``n``) apart and the second prompts.
+samples (``n``) apart and the second prompts. The Responses API names each turn of a
+response ``ID_N-RANDOM``, by the ``id`` of the response.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def of_request(
             name of one of its sequences.
     """
     known = re.compile(
-        rf"(\d+_)?(({_KINDS})-)?{re.escape(request_id)}(-\d+)?(-[0-9a-f]{{8}})?"
+        rf"(\d+_)?(({_KINDS})-)?{re.escape(request_id)}([-_]\d+)?(-[0-9a-f]{{8}})?"
     )
     found = [Receipt(**one) for one in receipts if known.fullmatch(one["request_id"])]
     if not found:

@@ -31,7 +31,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(
         tmp_path_factory.mktemp("mixed"),
         "--allow-request-policies",
-        *("--api-server-count", "2"),
+        *("--api-server-count", "2", "--enable-scale-out"),
     )
     yield server
     assert server.stop() in (0, -signal.SIGTERM, 143)
@@ -184,16 +184,6 @@ def test_without_the_flag_a_named_policy_gets_400(
         check_refused(
             lambda text=text: ask(client_of(server), text, stream),
             "without --allow-request-policies",
-        )
-
-
-def test_a_response_in_the_background_is_refused_at_once(mixed: Server) -> None:
-    for stream in (False, True):
-        check_refused(
-            lambda stream=stream: respond(
-                client_of(mixed), "nothing", stream, background=True, store=True
-            ),
-            "is no policy",
         )
 
 
