@@ -36,8 +36,9 @@ def of_request(
         request_id: its ``X-Request-Id``, the ``id`` of its response, or the engine's
             name of one of its sequences.
     """
+    part = "_" if request_id.startswith("resp_") else "-"
     known = re.compile(
-        rf"(\d+_)?(({_KINDS})-)?{re.escape(request_id)}([-_]\d+)?(-[0-9a-f]{{8}})?"
+        rf"(\d+_)?(({_KINDS})-)?{re.escape(request_id)}({part}\d+)?(-[0-9a-f]{{8}})?"
     )
     found = [Receipt(**one) for one in receipts if known.fullmatch(one["request_id"])]
     if not found:
