@@ -25,10 +25,10 @@ from vllm import SamplingParams
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvserve import LLM
-from kvserve.evaluation.budgets import PolicySpec
 from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
 from kvserve.processor import default_dtype
+from policies.budgets import PolicySpec
 
 STOCK, WEIGHTS = "none", "weights"
 

@@ -38,10 +38,10 @@ from benchmarks.needles import (
     replies,
 )
 from kvserve import UserError
-from kvserve.evaluation.budgets import RULES, Arguments, arguments_for
 from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
 from policies.base import ModelShape
+from policies.budgets import RULES, Arguments, arguments_for
 from policies.head_scores import load_head_scores
 
 POLICIES = [

@@ -10,13 +10,15 @@ An *entry* is what one KV head of one layer keeps of one token.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvserve.lanes import IntArray
 from kvserve.plan import PagePlan
+from policies.base import Policy
+from policies.registry import changed_arguments
 
 MOST_RECEIPTS = 512
 """Receipts of the last requests that are kept."""
@@ -42,6 +44,8 @@ class Receipt:
         pages_held: its pages at the end.
         pages_peak: the most pages it ever held.
         pages_full: pages of a cache that evicts nothing.
+        policy: the name of its policy.
+        arguments: those that are not the policy's defaults.
     """
 
     request_id: str
@@ -52,10 +56,21 @@ class Receipt:
     pages_held: int
     pages_peak: int
     pages_full: int
+    policy: str = ""
+    arguments: str = ""
 
     @property
     def entries_evicted(self) -> int:
         return self.entries_seen - self.entries_retained
+
+
+@dataclass
+class Ended:
+    """What the requests of one policy that ended had seen and kept, added up."""
+
+    requests: int = 0
+    entries_seen: int = 0
+    entries_retained: int = 0
 
 
 class Ledger:
@@ -63,6 +78,7 @@ class Ledger:
 
     Attributes:
         tokens: of every request that holds pages; the manager writes it at each step.
+        ended: totals by policy, where the scheduler says which requests ended.
 
     Args:
         full: the plan of a request that evicts nothing.
@@ -73,6 +89,7 @@ class Ledger:
         self, full: PagePlan, copies: int = 1, most_receipts: int = MOST_RECEIPTS
     ) -> None:
         self.tokens: dict[str, int] = {}
+        self.ended: defaultdict[str, Ended] = defaultdict(Ended)
         self._full, self._copies, self._most = full, copies, most_receipts
         self._peaks: dict[str, int] = {}
         self._receipts: OrderedDict[str, Receipt] = OrderedDict()
@@ -84,7 +101,9 @@ class Ledger:
         self._receipts.pop(request_id, None)
         self._peaks[request_id] = max(pages, self._peaks.get(request_id, 0))
 
-    def close(self, request_id: str, plan: LanePlan, pages: int) -> None:
+    def close(
+        self, request_id: str, plan: LanePlan, pages: int, policy: Policy | None = None
+    ) -> None:
         """Write the receipt of a request that gives its ``pages`` pages back."""
         tokens = self.tokens.pop(request_id, None)
         peak = self._peaks.pop(request_id, pages)
@@ -99,11 +118,21 @@ class Ledger:
             pages,
             peak,
             self._full.pages(tokens),
+            *((policy.name, changed_arguments(policy)) if policy else ()),
         )
         self._evicted += receipt.entries_evicted
         self._receipts[request_id] = receipt
         while len(self._receipts) > self._most:
             self._receipts.popitem(last=False)
+
+    def end(self, request_id: str) -> None:
+        """Count a request, closed before, that was not merely preempted."""
+        receipt = self._receipts.get(request_id)
+        if receipt is not None:
+            totals = self.ended[receipt.policy]
+            totals.requests += 1
+            totals.entries_seen += receipt.entries_seen
+            totals.entries_retained += receipt.entries_retained
 
     def receipts(self, alive: Container[str]) -> list[Receipt]:
         """Return receipts, the last to end first.

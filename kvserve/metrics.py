@@ -8,9 +8,11 @@ writers would count everything twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from kvserve.report import EngineReport
+from kvserve.report import EngineReport, PolicyReport
 
 # By name: the help text, and where a report has the value.
 GAUGES: dict[str, tuple[str, str]] = {
@@ -70,6 +72,32 @@ COUNTERS: dict[str, tuple[str, str]] = {
     ),
 }
 
+# The same, of each policy: there only where a request may name one of its own.
+POLICY_GAUGES: dict[str, tuple[str, str]] = {
+    "kvserve_policy_requests_running": (
+        "Requests of the policy that hold pages.",
+        "requests_running",
+    ),
+    "kvserve_policy_pages_held": (
+        "Head pages that requests of the policy hold.",
+        "pages_held",
+    ),
+}
+POLICY_COUNTERS: dict[str, tuple[str, str]] = {
+    "kvserve_policy_requests_ended_total": (
+        "Requests of the policy that ended.",
+        "requests_ended",
+    ),
+    "kvserve_policy_entries_seen_total": (
+        "KV entries (token x KV head x layer) that they had produced.",
+        "entries_seen",
+    ),
+    "kvserve_policy_entries_retained_total": (
+        "KV entries that they had retained when they ended.",
+        "entries_retained",
+    ),
+}
+
 
 class KVMetrics:
     """Keeps the metrics of a server.
@@ -90,6 +118,7 @@ class KVMetrics:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._counted = dict.fromkeys(COUNTERS, 0.0)
+        self._policies: set[str] = set()
         info = Gauge(
             "kvserve_policy_info",
             "The cache policy, its arguments and the model; always 1.",
@@ -112,11 +141,36 @@ class KVMetrics:
             now = float(getattr(cache, attribute))
             self._counters[name].inc(max(now - self._counted[name], 0))
             self._counted[name] = now
+        if cache.ended is not None:
+            self._update_policies(cache.by_policy)
+
+    def _update_policies(self, reports: Mapping[str, PolicyReport]) -> None:
+        for name, (text, attribute) in POLICY_GAUGES.items():
+            if name not in self._gauges:
+                self._gauges[name] = self._gauge(name, text, ["policy"])
+            for policy in self._policies - set(reports):
+                self._gauges[name].labels(policy).set(0)
+            for policy, report in reports.items():
+                self._gauges[name].labels(policy).set(getattr(report, attribute))
+        for name, (text, attribute) in POLICY_COUNTERS.items():
+            if name not in self._counters:
+                self._counters[name] = Counter(
+                    name, text, ["policy"], registry=self._registry
+                )
+            for policy, report in reports.items():
+                key, now = f"{name} {policy}", float(getattr(report, attribute))
+                before = self._counted.get(key, 0.0)
+                self._counters[name].labels(policy).inc(max(now - before, 0))
+                self._counted[key] = now
+        self._policies.update(reports)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(
+            name, text, labels, registry=self._registry, multiprocess_mode="mostrecent"
+        )
 
     def _register(self) -> None:
         for name, (text, _) in GAUGES.items():
-            self._gauges[name] = Gauge(
-                name, text, registry=self._registry, multiprocess_mode="mostrecent"
-            )
+            self._gauges[name] = self._gauge(name, text)
         for name, (text, _) in COUNTERS.items():
             self._counters[name] = Counter(name, text, registry=self._registry)

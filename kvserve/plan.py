@@ -27,7 +27,7 @@ the front, so a list as long as the largest rank needs is right for all.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -296,7 +296,9 @@ class StreamRule:
 
     Travels inside the KV cache spec. Only under an *elastic* policy do requests of
     unequal length have unequal plans. ``model`` is the whole model, of whose heads
-    each of ``ranks`` ranks owns some.
+    each of ``ranks`` ranks owns some. Where policies are *mixed*, a request may name
+    one of its own; the rule :meth:`under` it makes the request's plan, in turns of
+    ``stride`` blocks as the tables have them.
     """
 
     policy: StreamingPolicy
@@ -304,6 +306,8 @@ class StreamRule:
     page_size: int
     max_tokens: int
     ranks: int = 1
+    mixed: bool = False
+    stride: int | None = None
 
     @property
     def copies(self) -> int:
@@ -313,12 +317,23 @@ class StreamRule:
     @property
     def is_elastic(self) -> bool:
         """Whether requests have plans of their own."""
-        return self.policy.capabilities.elastic
+        return self.mixed or self.policy.capabilities.elastic
 
     @property
     def longest(self) -> PagePlan:
         """The plan of the longest request, which needs most."""
         return self.plan(self.max_tokens)
+
+    @property
+    def largest(self) -> PagePlan:
+        """The plan that needs most of all that requests may have."""
+        if not self.mixed:
+            return self.longest
+        return replace(self.full, stride=self.longest.stride)
+
+    def under(self, policy: StreamingPolicy) -> StreamRule:
+        """Return the rule of requests that name a policy of their own."""
+        return replace(self, policy=policy, stride=self.longest.stride)
 
     @property
     def full(self) -> PagePlan:
@@ -330,7 +345,8 @@ class StreamRule:
 
     def plan(self, tokens: int) -> PagePlan:
         """Return the plan of a request that may become ``tokens`` tokens long."""
-        return _plan(self, min(tokens, self.max_tokens) if self.is_elastic else None)
+        elastic = self.policy.capabilities.elastic
+        return _plan(self, min(tokens, self.max_tokens) if elastic else None)
 
     def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
         """Return the plan of a request by its prompt and its longest reply."""
@@ -353,7 +369,20 @@ class StreamRule:
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
     budgets = rule.policy.budgets(rule.model, length)
-    return PagePlan.from_budgets(budgets, rule.page_size, length, rule.ranks)
+    plan = PagePlan.from_budgets(budgets, rule.page_size, length, rule.ranks)
+    return plan if rule.stride is None else _in_turns(plan, rule.stride)
+
+
+def _in_turns(plan: PagePlan, stride: int) -> PagePlan:
+    """Count the blocks of a plan without shards in turns of ``stride``."""
+    if plan.stride == stride:
+        return plan
+    if plan.shards:
+        raise UserError(
+            f"--policy: its shards come in turns of {plan.stride} pages, but the "
+            f"server was started for turns of {stride}"
+        )
+    return replace(plan, stride=stride)
 
 
 def scratch_pages(

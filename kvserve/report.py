@@ -34,6 +34,18 @@ class RequestReport:
     entries_retained: int
     pages_held: int
     dense_prefill: bool
+    policy: str
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """What requests of one policy hold, and what those that ended had seen and kept."""
+
+    requests_running: int
+    pages_held: int
+    requests_ended: int
+    entries_seen: int
+    entries_retained: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class CacheReport:
         entries_evicted: since the engine started.
         selection_seconds: spent on choosing what survives since the start.
         compaction_seconds: spent on moving it.
+        ended: totals of requests that ended, by policy; ``None`` where all have one.
     """
 
     pages_total: int
@@ -64,6 +77,7 @@ class CacheReport:
     selection_seconds: float
     compaction_seconds: float
     requests: list[RequestReport]
+    ended: dict[str, dict[str, int]] | None
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> CacheReport:
@@ -77,6 +91,7 @@ class CacheReport:
             page_bytes=caches[0]["page_bytes"],
             entries_retained=entries.tolist(),
             requests=[RequestReport(**row) for row in rows],
+            ended=_add_up([cache["ended"] for cache in caches]),
             **{name: sum(cache[name] for cache in caches) for name in _SUMMED},
         )
 
@@ -102,18 +117,59 @@ class CacheReport:
         return self.pages_full / self.pages_held if self.pages_held else 1.0
 
     @cached_property
+    def by_policy(self) -> dict[str, PolicyReport]:
+        """What requests of each policy hold and held, where policies are mixed."""
+        if self.ended is None:
+            return {}
+        pages: dict[str, list[int]] = {name: [] for name in self.ended}
+        for one in self.requests:
+            pages.setdefault(one.policy, []).append(one.pages_held)
+        return {
+            name: _policy_report(held, self.ended.get(name, {}))
+            for name, held in pages.items()
+        }
+
+    @cached_property
     def retained(self) -> int:
         """Entries held over all layers and heads."""
         return sum(map(sum, self.entries_retained))
 
 
+def _policy_report(held: list[int], ended: Mapping[str, int]) -> PolicyReport:
+    return PolicyReport(
+        requests_running=len(held),
+        pages_held=sum(held),
+        requests_ended=ended.get("requests", 0),
+        entries_seen=ended.get("entries_seen", 0),
+        entries_retained=ended.get("entries_retained", 0),
+    )
+
+
+def _add_up(
+    parts: Sequence[Mapping[str, Mapping[str, int]] | None],
+) -> dict[str, dict[str, int]] | None:
+    """Add the totals of several engines up, policy by policy."""
+    totals: dict[str, dict[str, int]] = {}
+    for part in parts:
+        if part is None:
+            return None
+        for policy, ended in part.items():
+            before = totals.get(policy, {})
+            totals[policy] = {k: v + before.get(k, 0) for k, v in ended.items()}
+    return totals
+
+
 @dataclass(frozen=True)
 class EngineReport:
-    """The load, and what it holds; ``cache`` is ``None`` for stock vLLM."""
+    """The load, and what it holds; ``cache`` is ``None`` for stock vLLM.
+
+    ``smallest_pool``: pages of the engine that has fewest.
+    """
 
     running: int
     waiting: int
     cache: CacheReport | None
+    smallest_pool: int
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> EngineReport:
@@ -122,4 +178,5 @@ class EngineReport:
             running=sum(part["running"] for part in parts),
             waiting=sum(part["waiting"] for part in parts),
             cache=CacheReport.merge(parts) if parts[0]["cache"] else None,
+            smallest_pool=min(part["pages_total"] for part in parts),
         )

@@ -71,6 +71,15 @@ def parse_arguments(pairs: list[str]) -> dict[str, str]:
     return arguments
 
 
+def changed_arguments(policy: Policy) -> str:
+    """Write arguments that are not the defaults as ``key=value``, with commas."""
+    return ",".join(
+        f"{field.name}={getattr(policy, field.name)}"
+        for field in dataclasses.fields(policy)
+        if getattr(policy, field.name) != field.default
+    )
+
+
 def _read_toml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         values = tomllib.loads(path.read_text())

@@ -11,7 +11,7 @@ from kvserve.dense_plan import DensePlan, DenseRule, blocks_of_each
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.lanes import IntArray
-from kvserve.plan import UNBOUNDED, PagePlan, blocks_of
+from kvserve.plan import UNBOUNDED, PagePlan, StreamRule, blocks_of
 
 
 class DenseTables(PageTables):
@@ -46,7 +46,14 @@ class DenseTables(PageTables):
     def full_plan(self) -> PagePlan:
         return self._plan
 
-    def expect(self, request_id: str, prompt_tokens: int, reply_tokens: int) -> None:
+    def expect(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        reply_tokens: int,
+        named: StreamRule | None = None,
+    ) -> None:
+        assert named is None, "dense policies are not mixed with others"
         plan = self._dense_rule.of_request(prompt_tokens, reply_tokens)
         self._dense_plans[request_id] = plan
 

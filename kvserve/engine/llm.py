@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import vllm
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-from kvserve.engine.options import engine_options, prepare_environment
+from kvserve.engine.named_policies import PolicyGuard, named_in
+from kvserve.engine.options import (
+    engine_options,
+    prepare_environment,
+    stock_has_no_policies,
+)
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.models import resolve_model
@@ -22,6 +28,8 @@ class LLM(vllm.LLM):
         model: a model name or directory; ``None`` is the embedded model.
         policy: a policy name or a TOML file; ``None`` is stock vLLM.
         policy_args: the policy's parameters.
+        allow_request_policies: let a request name another policy of positions, by
+            ``SamplingParams(extra_args={"kv_policy": "sink-recent:recent=480"})``.
         vllm_kwargs: every argument of ``vllm.LLM``.
 
     Raises:
@@ -37,13 +45,40 @@ class LLM(vllm.LLM):
         *,
         policy: str | None = "retrieval",
         policy_args: Mapping[str, Any] | None = None,
+        allow_request_policies: bool = False,
         **vllm_kwargs: Any,
     ) -> None:
         prepare_environment(vllm_kwargs)
         options: dict[str, Any] = {"model": resolve_model(model), **vllm_kwargs}
         options["dtype"] = settle_dtype(options.get("dtype"))
         if policy is not None:
-            settings = PolicySettings(policy, dict(policy_args or {}))
+            settings = PolicySettings(
+                policy, dict(policy_args or {}), allow_request_policies
+            )
             options = engine_options(settings, options)
             check_start(options)
+        elif allow_request_policies:
+            raise stock_has_no_policies()
         super().__init__(**options)
+        config = self.llm_engine.vllm_config
+        _guard(self.llm_engine, PolicyGuard.of_engine(config, policy is not None))
+
+
+def _guard(engine: Any, guard: PolicyGuard) -> None:
+    """Refuse requests whose policy cannot be honoured before the engine sees them.
+
+    vLLM has no hook for it, so this instance's input processor gets one.
+    """
+    process = engine.input_processor.process_inputs
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        request = process(*args, **kwargs)
+        params = request.sampling_params
+        if named_in(params) is not None:
+            prompt = length_from_prompt_token_ids_or_embeds(
+                request.prompt_token_ids, request.prompt_embeds
+            )
+            guard.admit(params, prompt)
+        return request
+
+    engine.input_processor.process_inputs = checked

@@ -14,7 +14,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from kvserve.dense_plan import DensePlan
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.ledger import Ledger
-from kvserve.plan import PagePlan
+from kvserve.plan import PagePlan, StreamRule
+from policies.base import Policy
 
 
 class HeadPagedManager(SingleTypeKVCacheManager):
@@ -35,6 +36,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         self._plan = kv_cache_spec.plan
         self.rule = kv_cache_spec.rule
         self._plans: dict[str, PagePlan | DensePlan] = {}
+        self._named: dict[str, StreamRule] = {}
         self.ledger = Ledger(self.rule.full, self.rule.copies)
         # Scratch pages leave the pool for good. This manager is the pool's first
         # caller, so they are blocks 1..K and the worker knows them without a message.
@@ -45,13 +47,32 @@ class HeadPagedManager(SingleTypeKVCacheManager):
             raise RuntimeError("scratch pages must be the first blocks of the pool")
         block_pool.num_gpu_blocks -= len(scratch)
 
-    def expect(self, request_id: str, prompt_tokens: int, reply_tokens: int) -> None:
-        """Note a new request; it may be preempted and come back many times."""
-        self._plans[request_id] = self.rule.of_request(prompt_tokens, reply_tokens)
+    def expect(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        reply_tokens: int,
+        named: StreamRule | None = None,
+    ) -> None:
+        """Note a new request; it may be preempted and come back many times.
+
+        Args:
+            named: the rule under the policy that it names, if it names one.
+        """
+        rule = named or self.rule
+        self._plans[request_id] = rule.of_request(prompt_tokens, reply_tokens)
+        if named is not None:
+            self._named[request_id] = named
 
     def forget(self, request_id: str) -> None:
         """Drop a request that will not come back."""
         self._plans.pop(request_id, None)
+        self._named.pop(request_id, None)
+        self.ledger.end(request_id)
+
+    def policy_of(self, request_id: str) -> Policy:
+        """Return the policy of a request."""
+        return self._named.get(request_id, self.rule).policy
 
     def plan_of(self, request_id: str) -> PagePlan | DensePlan:
         """Return the page plan of a request."""
@@ -95,7 +116,8 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if request_id in self.req_to_blocks:
             pages = self.pages_held(request_id)
-            self.ledger.close(request_id, self.plan_of(request_id), pages)
+            policy = self.policy_of(request_id)
+            self.ledger.close(request_id, self.plan_of(request_id), pages, policy)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

@@ -128,19 +128,35 @@ def _scheduler_for(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Name the scheduler of a policy that vLLM's own does not serve."""
-    policy = settings.create_policy()
+    policy, mixed = settings.create_policy(), settings.allow_request_policies
     if isinstance(policy, DensePolicy):
+        if mixed:
+            raise UserError(
+                f"--allow-request-policies: --policy {settings.policy} chooses by "
+                "attention once it has read the whole prompt, and only policies of "
+                "positions can be mixed; leave the flag out, or start with another "
+                "policy, such as --policy retrieval"
+            )
         scheduler = _DENSE
-    elif policy.capabilities.elastic:
+    elif mixed or policy.capabilities.elastic:
         scheduler = _ELASTIC
     else:
         return {}
     if options.get("scheduler_cls") not in (None, scheduler):
+        flag = "--allow-request-policies" if mixed else f"--policy {settings.policy}"
         raise UserError(
-            f"--scheduler-cls={options['scheduler_cls']}: --policy {settings.policy} "
+            f"--scheduler-cls={options['scheduler_cls']}: {flag} "
             "runs under a scheduler of its own; leave it out"
         )
     return {"scheduler_cls": scheduler}
+
+
+def stock_has_no_policies() -> UserError:
+    """What to say when requests are to name policies of stock vLLM."""
+    return UserError(
+        "--allow-request-policies: --policy none is stock vLLM, which has no policies; "
+        "leave the flag out, or start with --policy full"
+    )
 
 
 def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:

@@ -57,10 +57,21 @@ class PageTables:
         self._blocks: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._restarted: set[str] = set()
 
-    def expect(self, request_id: str, prompt_tokens: int, reply_tokens: int) -> None:
-        """Note a new request: its prompt, and the longest reply it may get."""
-        if self._rule is not None:
-            plan = self._rule.of_request(prompt_tokens, reply_tokens)
+    def expect(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        reply_tokens: int,
+        named: StreamRule | None = None,
+    ) -> None:
+        """Note a new request: its prompt, and the longest reply it may get.
+
+        Args:
+            named: the rule under the policy that it names, if it names one.
+        """
+        rule = named or self._rule
+        if rule is not None:
+            plan = rule.of_request(prompt_tokens, reply_tokens)
             self._plans[request_id] = plan.by_rank[self._rank]
 
     def finish(self, request_ids: Sequence[str]) -> None:

@@ -72,6 +72,8 @@ def _announce(config: VllmConfig, rule: Rule) -> None:
     lines = [rule.describe()]
     if isinstance(rule, StreamRule):
         lines += filter(None, [rule.policy.remark(rule.model), _on_ranks(rule)])
+        if rule.mixed:
+            lines.append("a request may name a policy of its own (kv_policy)")
     for line in lines:
         print(f"kvserve: policy {settings.policy}: {line}", file=sys.stderr)
 
@@ -105,12 +107,16 @@ def check_pool(config: VllmConfig, rule: Rule) -> None:
     if size is None:
         return
     length = config.model_config.max_model_len
+    most, why = rule.most_pages(length), "under this policy"
+    if isinstance(rule, StreamRule) and rule.mixed:
+        most = rule.largest.pages(length)
+        why = "under `full`, which --allow-request-policies lets it name"
     # One page more: vLLM's block 0 is never given out.
-    pages = rule.most_pages(length) + scratch_of(config, rule) + 1
+    pages = most + scratch_of(config, rule) + 1
     needed = pages * page_bytes_of(config)
     if size < needed:
         raise UserError(
             f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "
-            f"needs {needed} bytes ({format_bytes(needed)}) under this policy; give "
-            "more memory or lower --max-model-len"
+            f"needs {needed} bytes ({format_bytes(needed)}) {why}; give more memory or "
+            "lower --max-model-len"
         )

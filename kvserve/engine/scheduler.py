@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler, for policies under which requests have plans of their own."""
+"""vLLM's scheduler, where requests have plans of their own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from kvserve.engine.manager import HeadPagedManager
+from kvserve.engine.named_policies import rule_of_request
 
 
 class ElasticScheduler(Scheduler):
-    """Names a request's prompt and longest reply before any of its pages are counted.
+    """Tells what a request's plan follows from before any of its pages are counted.
 
+    That is its prompt, its longest reply and the policy that it names, if it names one.
     Nothing about scheduling changes.
     """
 
@@ -23,9 +25,9 @@ class ElasticScheduler(Scheduler):
         self._pages = cast(HeadPagedManager, manager)
 
     def add_request(self, request: Request) -> None:
-        self._pages.expect(
-            request.request_id, request.num_prompt_tokens, request.max_tokens
-        )
+        lengths = request.num_prompt_tokens, request.max_tokens
+        named = rule_of_request(self._pages.rule, request.sampling_params, sum(lengths))
+        self._pages.expect(request.request_id, *lengths, named)
         super().add_request(request)
 
     def _free_blocks(self, request: Request) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvserve.engine.options import (
     engine_options,
     explicit_options,
     prepare_environment,
+    stock_has_no_policies,
 )
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
@@ -37,6 +39,8 @@ _EXAMPLES = """examples:
   kvserve serve                                  the embedded model, port 8000
   kvserve serve --policy sink-recent --policy-arg recent=992
   kvserve serve meta-llama/Llama-3.1-8B-Instruct --policy duo.toml
+  kvserve serve --allow-request-policies         a request may name another policy:
+                 "vllm_xargs": {"kv_policy": "full"} or "sink-recent:recent=480"
   kvserve serve --policy none                    stock vLLM, to compare
   kvserve serve --api-key KEY --rate-limit 60/minute --shutdown-timeout 30
 
@@ -74,6 +78,31 @@ def _add_cuda_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_request_policies(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-request-policies``, which only a server needs."""
+    group = parser.add_argument_group("kvserve requests", "A policy per request")
+    group.add_argument(
+        "--allow-request-policies",
+        action="store_true",
+        help="let a request name a policy of its own, of positions like the server's, "
+        'in its body: "vllm_xargs": {"kv_policy": "full"} or {"kv_policy": '
+        '"sink-recent:recent=480"}. The pool must hold the longest request under '
+        "`full` (default: a request that names one gets 400)",
+    )
+
+
+def _check_request_policies(
+    args: argparse.Namespace, settings: PolicySettings | None
+) -> None:
+    if settings is None:
+        raise stock_has_no_policies()
+    if args.grpc:
+        raise UserError(
+            "--allow-request-policies: --grpc lets requests by without a check of what "
+            "they name; leave one of them out"
+        )
+
+
 def choose_policy(
     policy: str | None, policy_args: list[str], model: str
 ) -> PolicySettings | None:
@@ -106,6 +135,7 @@ def serve(argv: list[str]) -> int:
     parser = make_arg_parser(parser)
     add_policy_arguments(parser)
     _add_cuda_argument(parser)
+    _add_request_policies(parser)
     add_http_arguments(parser)
     args = parser.parse_args(argv)
     HttpSettings.from_args(args)  # refuses flags before anything is loaded
@@ -115,7 +145,12 @@ def serve(argv: list[str]) -> int:
     args.dtype = settle_dtype(args.dtype)
     prepare_environment(vars(args))
     settings = choose_policy(args.policy, args.policy_arg, args.model)
+    if args.allow_request_policies:
+        _check_request_policies(args, settings)
     if settings is not None:
+        settings = dataclasses.replace(
+            settings, allow_request_policies=args.allow_request_policies
+        )
         options = engine_options(settings, explicit_options(vars(args)))
         check_start(options, announce=True)
         for name, value in options.items():

@@ -16,10 +16,14 @@ CONFIG_KEY = "kvserve"
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A policy by name, or by TOML file, and the arguments that override it."""
+    """A policy by name, or by TOML file, and the arguments that override it.
+
+    ``allow_request_policies``: whether a request may name another one.
+    """
 
     policy: str
     policy_args: dict[str, Any] = field(default_factory=dict)
+    allow_request_policies: bool = False
 
     @classmethod
     def from_config(cls, vllm_config: VllmConfig) -> PolicySettings:
@@ -28,9 +32,11 @@ class PolicySettings:
         return cls(**(values or {"policy": "full"}))
 
     def to_additional_config(self) -> dict[str, Any]:
-        return {
-            CONFIG_KEY: {"policy": self.policy, "policy_args": dict(self.policy_args)}
-        }
+        values: dict[str, Any]
+        values = {"policy": self.policy, "policy_args": dict(self.policy_args)}
+        if self.allow_request_policies:
+            values["allow_request_policies"] = True
+        return {CONFIG_KEY: values}
 
     def create_policy(self) -> Policy:
         return create_policy(self.policy, self.policy_args)

@@ -21,8 +21,7 @@ class HeadPagedSpec(AttentionSpec):
     """One flat pool of head pages, shared by all layers and KV heads.
 
     ``num_kv_heads`` is 1 by construction: ``page_size_bytes`` is one head page.
-    ``plan`` is that of the longest request, which needs most; ``rule`` makes the plan
-    of each.
+    ``plan`` is that of the request that needs most; ``rule`` makes the plan of each.
     """
 
     plan: PagePlan

@@ -54,7 +54,8 @@ def _declared_pattern(text_config: Any) -> tuple[tuple[str, Any], ...]:
 
 def rule_of(vllm_config: VllmConfig) -> Rule:
     """Return what makes the page plan of each request, under the config's policy."""
-    policy = PolicySettings.from_config(vllm_config).create_policy()
+    settings = PolicySettings.from_config(vllm_config)
+    policy = settings.create_policy()
     model = model_shape_of(vllm_config)
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
@@ -70,7 +71,8 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         )
         rule: Rule = DenseRule(policy, share, page_size, max_tokens, ranks)
     elif isinstance(policy, StreamingPolicy):
-        rule = StreamRule(policy, model, page_size, max_tokens, ranks)
+        mixed = settings.allow_request_policies
+        rule = StreamRule(policy, model, page_size, max_tokens, ranks, mixed)
     else:
         raise UserError(
             f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"

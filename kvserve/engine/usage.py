@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from kvserve.dense_plan import DensePlan
 from kvserve.engine.dense_manager import DensePagedManager
 from kvserve.engine.manager import HeadPagedManager
 from kvserve.lanes import IntArray
+from kvserve.plan import StreamRule
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def cache_usage(
                 "entries_retained": retained,
                 "pages_held": held,
                 "dense_prefill": reads,
+                "policy": manager.policy_of(name).name,
             }
         )
     retained = int(by_head.sum())
@@ -90,7 +93,17 @@ def cache_usage(
         "selection_seconds": max(one.selection_seconds for one in workers),
         "compaction_seconds": max(one.compaction_seconds for one in workers),
         "requests": rows,
+        "ended": _ended(manager),
     }
+
+
+def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:
+    """What requests that ended had seen and kept, where policies are mixed."""
+    rule = manager.rule
+    if not isinstance(rule, StreamRule) or not rule.mixed:
+        return None
+    totals = manager.ledger.ended.items()
+    return {policy: dataclasses.asdict(ended) for policy, ended in totals}
 
 
 def _of_heads(

@@ -27,6 +27,7 @@ from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
+from kvserve.engine.named_policies import rule_of_request
 from kvserve.engine.options import check_platform
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
@@ -118,7 +119,7 @@ class HeadPagedWorker(Worker):
         }
         if isinstance(rule, DenseRule):
             return {first: DensePagedSpec(**page, plan=rule.full)}
-        return {first: HeadPagedSpec(**page, plan=rule.longest)}
+        return {first: HeadPagedSpec(**page, plan=rule.largest)}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -142,7 +143,9 @@ class HeadPagedWorker(Worker):
             tables.forget([*(request.req_id for request in new), *resumed])
         tables.finish(list(scheduler_output.finished_req_ids))
         for request in new:
-            tables.expect(request.req_id, *_lengths(request))
+            lengths = _lengths(request)
+            named = rule_of_request(self._rule, request.sampling_params, sum(lengths))
+            tables.expect(request.req_id, *lengths, named)
         output = super().execute_model(scheduler_output)
         if isinstance(self._builder, DenseMetadataBuilder):
             self._builder.settle()

@@ -14,7 +14,6 @@ from typing import Any
 
 from kvserve import __version__
 from kvserve.errors import UserError
-from kvserve.evaluation.budgets import PolicySpec
 from kvserve.evaluation.contenders import (
     DTYPES,
     LocalEngine,
@@ -33,6 +32,7 @@ from kvserve.evaluation.user_task import load_user_task
 from kvserve.models import EMBEDDED_MODEL
 from kvserve.processor import default_dtype
 from kvserve.units import parse_bytes
+from policies.budgets import PolicySpec
 
 _BOOK: Book = "persuasion"
 _EXAMPLES = """examples:

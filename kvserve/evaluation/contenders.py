@@ -8,9 +8,9 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import AT_ONCE, Backend
-from kvserve.evaluation.budgets import PAGE, Arguments, PolicySpec
 from kvserve.evaluation.model import EvaluatedModel
 from kvserve.evaluation.remote import Server, ServerBackend
+from policies.budgets import PAGE, Arguments, PolicySpec
 
 _MOST_MEMORY = 4 << 30
 _VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvserve.evaluation.budgets import Arguments, PolicySpec
+from policies.budgets import Arguments, PolicySpec
 
 STEPS = 50
 """Budgets are tried in steps of a fiftieth of the full cache."""

@@ -13,7 +13,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import Backend, Reply, Request
-from kvserve.evaluation.budgets import Arguments
 from kvserve.evaluation.continuations import (
     Reference,
     mean_divergence,
@@ -22,6 +21,7 @@ from kvserve.evaluation.continuations import (
 )
 from kvserve.evaluation.store import Cell, Key, Store
 from kvserve.evaluation.tasks import Sample, Task
+from policies.budgets import Arguments
 
 REFERENCE = "full"
 """Name of the policy that others are measured against."""

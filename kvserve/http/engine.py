@@ -19,7 +19,9 @@ from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
+from kvserve.plan import StreamRule
 from policies.base import Policy
+from policies.registry import changed_arguments
 
 
 class ServedPolicy:
@@ -28,7 +30,7 @@ class ServedPolicy:
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
         self._policy = PolicySettings.from_config(config).create_policy()
-        self._rule = rule_of(config)
+        self.rule = rule_of(config)
         self.page_bytes = page_bytes_of(config)
 
     @property
@@ -46,11 +48,7 @@ class ServedPolicy:
     @property
     def changed_arguments(self) -> str:
         """Arguments that are not the defaults, as ``key=value`` with commas."""
-        return ",".join(
-            f"{field.name}={getattr(self._policy, field.name)}"
-            for field in dataclasses.fields(self._policy)
-            if getattr(self._policy, field.name) != field.default
-        )
+        return changed_arguments(self._policy)
 
     def describe(self, context: int) -> PolicyBody:
         """Describe the policy, with budgets for requests of ``context`` tokens."""
@@ -58,17 +56,18 @@ class ServedPolicy:
         return PolicyBody(
             policy=self.name,
             arguments=self.arguments,
-            summary=self._rule.describe(),
+            summary=self.rule.describe(),
             source=self._policy.paper,
             capabilities=dataclasses.asdict(self._policy.capabilities),
             model=Served(
                 **{name: getattr(model, name) for name in Served.model_fields}
             ),
-            page_tokens=self._rule.page_size,
+            page_tokens=self.rule.page_size,
             page_bytes=self.page_bytes,
-            scratch_pages=scratch_of(self._config, self._rule),
+            scratch_pages=scratch_of(self._config, self.rule),
             budgets=self._budgets(context),
             profiles=self._profiles,
+            request_policies=isinstance(self.rule, StreamRule) and self.rule.mixed,
         )
 
     def plan(self, context: int, pool: int) -> PlanBody:
@@ -77,7 +76,7 @@ class ServedPolicy:
         Args:
             pool: pages that requests can have.
         """
-        rule = self._rule
+        rule = self.rule
         pages, full = rule.pages(context), rule.full.pages(context)
         peak = rule.most_pages(context)
         # A cache that evicts nothing needs no scratch: its pages are requests', too.
@@ -96,7 +95,7 @@ class ServedPolicy:
         )
 
     def _budgets(self, context: int) -> Budgets:
-        rule = self._rule
+        rule = self.rule
         lanes = rule.plan(context).lane_tokens(context)
         retained = np.tile(lanes, rule.copies).tolist()
         if isinstance(rule, DenseRule):

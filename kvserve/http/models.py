@@ -105,6 +105,12 @@ class PolicyBody(Body):
     )
     budgets: Budgets | None = None
     profiles: list[Profile] | None = None
+    request_policies: bool | None = Field(
+        default=None,
+        description="Whether a request may name a policy of its own, as `kv_policy` "
+        "in `vllm_xargs`.",
+        examples=[False],
+    )
 
 
 class Pages(Body):
@@ -132,6 +138,7 @@ class Running(Body):
     entries_retained: int = Field(examples=[112000])
     pages_held: int = Field(examples=[3510])
     dense_prefill: bool = Field(examples=[False])
+    policy: str = Field(description="Its policy's name.", examples=["retrieval"])
 
 
 class Cache(Body):
@@ -202,6 +209,14 @@ class Receipt(Body):
     pages_held: int = Field(description="At the end.", examples=[3510])
     pages_peak: int = Field(description="The most it ever held.", examples=[3510])
     pages_full: int = Field(examples=[11700])
+    policy: str = Field(
+        default="", description="Its policy's name.", examples=["sink-recent"]
+    )
+    arguments: str = Field(
+        default="",
+        description="Arguments of its policy that are not the defaults.",
+        examples=["recent=480"],
+    )
 
 
 class RequestReceipt(Receipt):

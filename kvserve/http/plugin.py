@@ -11,11 +11,13 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
+from kvserve.engine.named_policies import PolicyGuard
 from kvserve.http.dashboard_page import router as dashboard
 from kvserve.http.draining import drain_before_shutdown
 from kvserve.http.engine import ServedPolicy
 from kvserve.http.errors import http_exception_response
 from kvserve.http.gateway import Gateway
+from kvserve.http.request_policies import guard_requests
 from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
 from kvserve.metrics import KVMetrics
@@ -51,9 +53,13 @@ class KVEndpoints:
         sampler = Sampler(
             client.engine_core.call_utility_all_async, lambda: gateway.draining
         )
-        if (await sampler.sample()).report.cache is not None:
+        report = (await sampler.sample()).report
+        if report.cache is not None:
             gateway.policy = ServedPolicy(config)
         gateway.sampler = sampler
+        rule = gateway.policy.rule if gateway.policy else None
+        longest = config.model_config.max_model_len
+        guard_requests(client, state, PolicyGuard(rule, longest, report.smallest_pool))
         if config.parallel_config._api_process_rank <= 0:
             sampler.metrics = _metrics_of(gateway, config)
             state.kvserve_metrics = asyncio.create_task(sampler.keep_metrics())

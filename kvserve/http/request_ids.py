@@ -71,5 +71,6 @@ async def _add_receipt(
         headers[_RECEIPT] = (
             f"tokens-seen={found.tokens_seen}, entries-seen={found.entries_seen}, "
             f"entries-retained={found.entries_retained}, "
-            f"entries-evicted={found.entries_evicted}, pages-held={found.pages_held}"
+            f"entries-evicted={found.entries_evicted}, pages-held={found.pages_held}, "
+            f"policy={found.policy}"
         )

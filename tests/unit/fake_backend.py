@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvserve.evaluation.backend import Pages, Reply, Request
-from kvserve.evaluation.budgets import Arguments
 from kvserve.evaluation.runner import Assignment
 from kvserve.evaluation.tasks import Sample, Task
+from policies.budgets import Arguments
 
 
 class FakeBackend:

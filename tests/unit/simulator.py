@@ -76,7 +76,8 @@ def ranked_plans(draw: st.DrawFn) -> PagePlan:
 def rules(draw: st.DrawFn) -> DrawnRule:
     """Draw plans of one shape, for requests to have different ones."""
     layers, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    one = plans_of(layers, heads, draw(st.integers(1, 4)))
+    stride = draw(st.sampled_from([1, 1, 3]))
+    one = plans_of(layers, heads, draw(st.integers(1, 4)), stride)
     return DrawnRule(draw(st.lists(one, min_size=2, max_size=3)))
 
 

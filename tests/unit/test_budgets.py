@@ -11,9 +11,9 @@ import pytest
 
 from kvserve.dense_plan import DenseRule
 from kvserve.errors import UserError
-from kvserve.evaluation.budgets import RULES, Budget, PolicySpec, arguments_for
 from kvserve.plan import StreamRule
 from policies.base import DensePolicy, ModelShape, StreamingPolicy
+from policies.budgets import RULES, Budget, PolicySpec, arguments_for
 from policies.registry import available_policies, create_policy
 
 SHAPE = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve.evaluation.budgets import PolicySpec
 from kvserve.evaluation.finder import STEPS, Probe, find_budget, serve_command
 from kvserve.evaluation.statistics import bootstrap, interval, wilson
+from policies.budgets import PolicySpec
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,14 @@ def test_receipts_are_matched_by_whole_names() -> None:
     assert by_reply is not None
     assert [one.request_id for one in by_reply.sequences] == names[:2]
     assert of_request(receipts, ".*") is None
+    turns = ["resp_ab_0-0123abcd", "resp_ab_1-89abcdef"]
+    receipts = [
+        {"request_id": name, "finished": 0.0, **numbers}
+        for name in [*turns, "resp_abc_0-0123abcd", "resp_a_0-0123abcd"]
+    ]
+    response = of_request(receipts, "resp_ab")
+    assert response is not None
+    assert [one.request_id for one in response.sequences] == turns
 
 
 class TestPage:

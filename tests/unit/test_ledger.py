@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from kvserve.ledger import Ledger
+from kvserve.ledger import Ended, Ledger
+from policies.sink_recent import SinkRecent
 from tests.unit.simulator import FULL_LANE, make_plan
 
 PLAN = make_plan(4, [[FULL_LANE, (1, 2)], [(1, 2), (1, 2)]])
@@ -97,3 +98,22 @@ def test_only_the_last_receipts_are_kept_the_newest_first() -> None:
         run(ledger, name, 5)
         ledger.close(name, PLAN, 0)
     assert [receipt.request_id for receipt in ledger.receipts(())] == ["e", "d", "c"]
+
+
+def test_a_receipt_names_the_policy_and_what_of_it_is_no_default() -> None:
+    ledger = Ledger(PLAN.full)
+    run(ledger, "a", 22)
+    ledger.close("a", PLAN, 7, SinkRecent(recent=64))
+    (receipt,) = ledger.receipts(())
+    assert (receipt.policy, receipt.arguments) == ("sink-recent", "recent=64")
+
+
+def test_requests_that_ended_are_added_up_by_policy_once_each() -> None:
+    ledger = Ledger(PLAN.full)
+    for name, policy in (("a", SinkRecent()), ("b", SinkRecent(recent=64))):
+        for _ in range(2):  # preempted once
+            run(ledger, name, 22)
+            ledger.close(name, PLAN, 7, policy)
+        ledger.end(name)
+    ledger.end("never ran")
+    assert dict(ledger.ended) == {"sink-recent": Ended(2, 2 * 88, 2 * 52)}

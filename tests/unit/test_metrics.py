@@ -13,7 +13,13 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvserve.metrics import COUNTERS, GAUGES, KVMetrics
+from kvserve.metrics import (
+    COUNTERS,
+    GAUGES,
+    POLICY_COUNTERS,
+    POLICY_GAUGES,
+    KVMetrics,
+)
 from kvserve.report import EngineReport
 
 CACHE: dict[str, Any] = {
@@ -33,8 +39,10 @@ CACHE: dict[str, Any] = {
             "entries_retained": 800,
             "pages_held": 25,
             "dense_prefill": False,
+            "policy": "retrieval",
         }
     ],
+    "ended": None,
 }
 PART: dict[str, Any] = {
     "pages_total": 1000,
@@ -110,6 +118,59 @@ def test_engines_behind_one_server_are_added_up() -> None:
     assert report.cache.entries_evicted == 4800
     assert report.cache.page_bytes == 8192
     assert len(report.cache.requests) == 2
+
+
+def labelled(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, sample.labels["policy"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name in {*POLICY_GAUGES, *POLICY_COUNTERS}
+    }
+
+
+def test_where_policies_are_mixed_each_is_counted_by_its_name() -> None:
+    registry = CollectorRegistry()
+    metrics = KVMetrics("retrieval", "", "m", registry)
+    total = {"requests": 2, "entries_seen": 90, "entries_retained": 60}
+    first = {**CACHE, "ended": {"full": total}}
+    metrics.update(EngineReport.merge([{**PART, "cache": first}]))
+    found = labelled(registry)
+    assert found["kvserve_policy_requests_running", "retrieval"] == 1
+    assert found["kvserve_policy_pages_held", "retrieval"] == 25
+    assert found["kvserve_policy_requests_running", "full"] == 0
+    assert found["kvserve_policy_requests_ended_total", "full"] == 2
+    assert found["kvserve_policy_requests_ended_total", "retrieval"] == 0
+    idle = {**CACHE, "requests": [], "ended": {"full": {**total, "requests": 5}}}
+    metrics.update(EngineReport.merge([{**PART, "cache": idle}]))
+    found = labelled(registry)
+    assert found["kvserve_policy_requests_running", "retrieval"] == 0
+    assert found["kvserve_policy_pages_held", "retrieval"] == 0
+    assert found["kvserve_policy_requests_ended_total", "full"] == 5
+    assert found["kvserve_policy_entries_seen_total", "full"] == 90
+    assert found["kvserve_policy_entries_retained_total", "full"] == 60
+
+
+def test_where_they_are_not_there_are_no_metrics_of_policies() -> None:
+    registry = CollectorRegistry()
+    KVMetrics("retrieval", "", "m", registry).update(EngineReport.merge([PART]))
+    assert labelled(registry) == {}
+
+
+def test_policies_of_several_engines_are_added_up() -> None:
+    total = {"requests": 2, "entries_seen": 90, "entries_retained": 60}
+    parts = [
+        {**PART, "cache": {**CACHE, "ended": {"full": total}}},
+        {**PART, "cache": {**CACHE, "ended": {"full": total, "retrieval": total}}},
+    ]
+    report = EngineReport.merge(parts)
+    assert report.cache is not None
+    assert report.cache.by_policy["full"].requests_ended == 4
+    assert report.cache.by_policy["full"].entries_seen == 180
+    assert report.cache.by_policy["retrieval"].requests_running == 2
+    assert report.cache.by_policy["retrieval"].requests_ended == 2
+    assert report.smallest_pool == 1000
 
 
 _WRITER = """

@@ -141,17 +141,22 @@ function row(cells, runs) {
   return line;
 }
 
+// Where requests may name policies, the share that one retains says nothing without its name.
+function retained(share, one) {
+  return plan.request_policies ? `${percent(share)} · ${one.policy}` : percent(share);
+}
+
 async function showRequests() {
   const cache = history.at(-1)?.cache;
   if (!cache || document.hidden) return;
   const lanes = cache.retained_by_head.length * cache.retained_by_head[0].length;
   const running = cache.requests.slice(0, RECEIPT_ROWS).map((one) => row([
-    one.request_id, number(one.tokens_seen), percent(one.entries_retained / (one.tokens_seen * lanes)),
+    one.request_id, number(one.tokens_seen), retained(one.entries_retained / (one.tokens_seen * lanes), one),
     number(one.pages_held), number(one.tokens_seen * lanes - one.entries_retained),
   ], true));
   const receipts = await get(`/v1/kv/receipts?limit=${RECEIPT_ROWS}`);
   const ended = receipts.data.map((one) => row([
-    one.request_id, number(one.tokens_seen), percent(one.entries_retained / one.entries_seen),
+    one.request_id, number(one.tokens_seen), retained(one.entries_retained / one.entries_seen, one),
     `${number(one.pages_held)} of ${number(one.pages_full)}`, number(one.entries_evicted),
   ], false));
   const rows = [...running, ...ended].slice(0, RECEIPT_ROWS);

@@ -99,7 +99,7 @@ class PolicySpec:
 
     text: str
     name: str
-    own: tuple[tuple[str, str], ...] = ()
+    own: tuple[tuple[str, Any], ...] = ()
     budget: Budget | None = None
 
     @classmethod
