@@ -31,6 +31,7 @@ from policies.base import DensePolicy, StreamingPolicy
 
 _WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
 _ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
+_SHARING = "kvserve.engine.scheduler.SharingScheduler"
 _DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _STOCK = "or serve with stock vLLM: `--policy none`"
@@ -81,19 +82,40 @@ def engine_options(
             f"--additional-config: its key {CONFIG_KEY!r} is the policy's; use "
             "--policy and --policy-arg"
         )
-    if options.get("enable_prefix_caching") is None:
-        print(
-            "kvserve: prefix caching is off: head pages are not shared yet",
-            file=sys.stderr,
-        )
     return {
         **options,
         "block_size": block_size,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": _prefix_caching(settings, options),
         "worker_cls": _WORKER,
         **_scheduler_for(settings, options),
         "additional_config": {**additional, **settings.to_additional_config()},
     }
+
+
+def _prefix_caching(settings: PolicySettings, options: Mapping[str, Any]) -> bool:
+    """Tell whether requests are to share pages: only where somebody asks for it."""
+    asked: bool | None = options.get("enable_prefix_caching")
+    record = settings.create_policy().capabilities
+    if record.prefix_cacheable:
+        if asked is None:
+            print(
+                "kvserve: prefix caching is off; --enable-prefix-caching turns it on",
+                file=sys.stderr,
+            )
+        return bool(asked)
+    if asked:
+        why = (
+            "keeps of a prefix what the text behind it attends to, so requests cannot "
+            "share pages"
+            if record.scores_tokens
+            else "does not let requests share pages (its record is not "
+            "prefix_cacheable)"
+        )
+        raise UserError(
+            f"--enable-prefix-caching: policy {settings.policy} {why}; leave it out, "
+            "or choose a policy of positions such as retrieval"
+        )
+    return False
 
 
 def _scheduler_for(
@@ -103,6 +125,8 @@ def _scheduler_for(
     policy = settings.create_policy()
     if isinstance(policy, DensePolicy):
         scheduler = _DENSE
+    elif options.get("enable_prefix_caching"):
+        scheduler = _SHARING
     elif policy.capabilities.elastic:
         scheduler = _ELASTIC
     else:
@@ -110,7 +134,7 @@ def _scheduler_for(
     if options.get("scheduler_cls") not in (None, scheduler):
         raise UserError(
             f"--scheduler-cls={options['scheduler_cls']}: --policy {settings.policy} "
-            "runs under a scheduler of its own; leave it out"
+            f"runs under {scheduler.rpartition('.')[2]} here; leave it out"
         )
     return {"scheduler_cls": scheduler}
 
@@ -221,11 +245,6 @@ def _check_platform() -> None:
 
 
 def _check_cache_type(options: Mapping[str, Any]) -> None:
-    if options.get("enable_prefix_caching"):
-        raise UserError(
-            "--enable-prefix-caching: head pages are not shared between requests; "
-            f"leave it out, {_STOCK}"
-        )
     cache_dtype = options.get("kv_cache_dtype") or "auto"
     if cache_dtype not in ("auto", "bfloat16", "float16"):
         raise UserError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler, for policies under which requests have plans of their own."""
+"""vLLM's scheduler, for requests that have plans of their own or share pages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from kvserve.engine.manager import HeadPagedManager
+from kvserve.engine.shared_manager import SharedPagedManager
 
 
 class ElasticScheduler(Scheduler):
@@ -31,3 +32,32 @@ class ElasticScheduler(Scheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._pages.forget(request.request_id)
+
+
+class SharingScheduler(ElasticScheduler):
+    """Keeps what pages are cached under true to what is in them."""
+
+    _pages: SharedPagedManager
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if self._pages.rule.is_elastic:
+            self._name_plan(request)
+
+    def _name_plan(self, request: Request) -> None:
+        """Make the plan part of the hashes of the request's blocks.
+
+        What a cached token holds follows from all that the layers before have seen.
+        """
+        plan = self._pages.rule.of_request(
+            request.num_prompt_tokens, request.max_tokens
+        )
+        request.cache_salt = f"{plan.digest}:{request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # Under --scheduling-policy priority a request may lose its place in the very
+        # step that was to fill its blocks. They have their names since then.
+        self._pages.uncache(request, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)

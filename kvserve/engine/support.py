@@ -70,7 +70,10 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         )
         rule: Rule = DenseRule(policy, share, page_size, max_tokens, ranks)
     elif isinstance(policy, StreamingPolicy):
-        rule = StreamRule(policy, model, page_size, max_tokens, ranks)
+        shared = vllm_config.cache_config.enable_prefix_caching
+        shared = shared and policy.capabilities.prefix_cacheable
+        in_flight = vllm_config.max_in_flight_tokens if shared else 0
+        rule = StreamRule(policy, model, page_size, max_tokens, ranks, in_flight)
     else:
         raise UserError(
             f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"

@@ -25,7 +25,7 @@ from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
-from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
+from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
 from kvserve.engine.usage import WorkerUsage
 
@@ -87,7 +87,8 @@ class HeadPagedCPUWorker(CPUWorker):
         }
         if isinstance(rule, DenseRule):
             return {first: DensePagedSpec(**page, plan=rule.full)}
-        return {first: HeadPagedSpec(**page, plan=rule.longest)}
+        kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec
+        return {first: kind(**page, plan=rule.longest)}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
