@@ -109,7 +109,7 @@ class PrefixIndex:
 
     def longest_hit(
         self, block_hashes: Sequence[BlockHash], most_blocks: int
-    ) -> tuple[list[KVCacheBlock], int]:
+    ) -> tuple[list[KVCacheBlock], int, int]:
         """Return the page list of the longest cached prefix, and its blocks.
 
         It has an entry for each block and place, the null page where the next query
@@ -118,6 +118,10 @@ class PrefixIndex:
         Args:
             block_hashes: of the request's full blocks.
             most_blocks: blocks that the prefix may have.
+
+        Returns:
+            The list, its blocks, and the blocks that it would have if no window
+            lacked a page.
         """
         chain = self._chain(block_hashes, most_blocks)
         boundary = self._boundary(chain)
@@ -130,7 +134,7 @@ class PrefixIndex:
             for place in needs.reaching(boundary - block):
                 row[place] = pages[place]
             found += row
-        return found, boundary
+        return found, boundary, len(chain)
 
     def _chain(
         self, block_hashes: Sequence[BlockHash], most_blocks: int

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
+from kvserve.engine.free_pages import FreePages
 from kvserve.engine.manager import HeadPagedManager
 from kvserve.engine.prefix_index import PrefixIndex
 from kvserve.engine.spec import SharedPagedSpec
+from kvserve.lanes import BoolArray, IntArray
 from kvserve.plan import PagePlan, StreamRule
 from kvserve.prefix import PrefixPages
 
@@ -31,7 +34,14 @@ class SharedPagedManager(HeadPagedManager):
         self, kv_cache_spec: SharedPagedSpec, block_pool: BlockPool, **kwargs: Any
     ) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
+        self._free_pages = FreePages(block_pool.free_block_queue)
+        block_pool.free_block_queue = self._free_pages
         self._index = PrefixIndex(self._null_block, self.kv_cache_group_id)
+        # Pages by which some request has started, till the pool gives them out again.
+        self._proven: set[int] = set()
+        # Where a request parts from what is cached, by the last look-up and by name.
+        self._junction = 0
+        self._junctions: dict[str, int] = {}
         self._needs: dict[PagePlan, PrefixPages] = {}
         self._held: dict[str, int] = {}
         # First block whose queries are still to come, when pages were last given back.
@@ -57,7 +67,7 @@ class SharedPagedManager(HeadPagedManager):
 
         The plan is part of the hashes where requests have plans of their own.
         """
-        found, blocks = self._index.longest_hit(
+        found, blocks, self._junction = self._index.longest_hit(
             block_hashes, max_length // self.block_size
         )
         return (found,), blocks * self.block_size
@@ -77,7 +87,8 @@ class SharedPagedManager(HeadPagedManager):
             # May the request enter? Only if all its prompt fits, steps under way and
             # all; pages that others hold anyway cost it nothing.
             needed = self.plan_of(request_id).pages(num_tokens, self.rule.in_flight)
-            return needed - sum(page.ref_cnt > 0 for page in new_computed_blocks)
+            pages = [page for page in new_computed_blocks if not page.is_null]
+            return needed - sum(page.ref_cnt > 0 for page in pages)
         held = self.req_to_blocks.get(request_id, new_computed_blocks)
         # Pages of the prefix that nobody holds leave the free pages too.
         revived: int = self._get_num_evictable_blocks(new_computed_blocks)
@@ -99,16 +110,23 @@ class SharedPagedManager(HeadPagedManager):
         blocks = num_local_computed_tokens // self.block_size
         self.num_cached_block[request_id] = self._block[request_id] = blocks
         self._held[request_id] = len(pages)
+        needs = self.needs_of(request_id)
+        window = held[max(blocks - needs.window, 0) * needs.width :]
+        self._proven.update(page.block_id for page in window)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        self._junctions.setdefault(request_id, self._junction)
         held = self.req_to_blocks[request_id]
         missing = self._entries(request_id, num_tokens) - len(held)
         self._held[request_id] = self.pages_held(request_id) + max(missing, 0)
-        return super().allocate_new_blocks(
+        pages = super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
+        if self._proven:
+            self._proven.difference_update(page.block_id for page in pages)
+        return pages
 
     def cache_blocks(
         self,
@@ -160,14 +178,44 @@ class SharedPagedManager(HeadPagedManager):
         if not held or now <= before:
             return
         self._block[request_id] = now
-        entries = self.needs_of(request_id).given_back(before, now).tolist()
-        self.block_pool.free_blocks([held[entry] for entry in entries])
-        for entry in entries:
+        entries = self.needs_of(request_id).given_back(before, now)
+        self._give_back(request_id, entries, num_prompt_tokens or 0)
+        for entry in entries.tolist():
             held[entry] = self._null_block
         self._held[request_id] -= len(entries)
+
+    def _give_back(
+        self, request_id: str, entries: IntArray, num_prompt_tokens: int
+    ) -> None:
+        """Give pages back to the pool, those last that others may well start with.
+
+        These are pages by which a request has started before, and windows in front of
+        two boundaries: the prompt's end, where the same prompt would start, and the
+        junction, where this one parts from what was cached when it came.
+        """
+        needs, held = self.needs_of(request_id), self.req_to_blocks[request_id]
+        ahead = np.array(
+            [(num_prompt_tokens - 1) // self.block_size, self._junctions[request_id]]
+        )
+        distance = ahead - entries[:, None] // needs.width
+        in_window = (distance > 0) & (distance < needs.window)
+        likely: BoolArray = np.any(in_window, axis=1)
+        passed: list[KVCacheBlock] = []
+        kept: list[KVCacheBlock] = []
+        for entry, is_likely in zip(entries.tolist(), likely.tolist(), strict=True):
+            page = held[entry]
+            if is_likely or page.block_id in self._proven:
+                kept.append(page)
+                continue
+            page.ref_cnt -= 1
+            if page.ref_cnt == 0:
+                passed.append(page)
+        self.block_pool.free_blocks(kept)
+        self._free_pages.append_passed(passed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         pages = super().pop_blocks_for_free(request_id)
         self._held.pop(request_id, None)
         self._block.pop(request_id, None)
+        self._junctions.pop(request_id, None)
         return [page for page in pages if not page.is_null]

@@ -23,9 +23,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "sharded": {"local_blocks": 2, "stride": 4, "step": 1},
 }
 LONGEST = 448
-SETTINGS: list[tuple[int, int]] = [(48, 8), (96, 3), (256, 4), (33, 5)]
+SETTINGS: dict[str, list[tuple[int, int]]] = {
+    "some": [(48, 8), (96, 3)],
+    "many": [(33, 3), (64, 2), (256, 4), (512, 16)],
+}
 """Tokens of a step and MiB of the pool; the smaller pools evict all the time."""
-SCENARIOS = 11
+SCENARIOS = 12
 REPLY = 12
 
 
@@ -126,15 +129,18 @@ def run_scenario(
     return [engine.replies.pop(name) for name in names]
 
 
+@pytest.mark.parametrize(
+    "settings", ["some", pytest.param("many", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_any_load_gets_the_replies_that_it_gets_without_a_cache(
-    engines: EngineSlot, models: dict[str, Model], policy: str
+    engines: EngineSlot, models: dict[str, Model], policy: str, settings: str
 ) -> None:
     model, source = models["tiny-gqa"], random.Random(20)
     plain = start(engines, model, policy, 512, 32, enable_prefix_caching=False)
     jobs = jobs_of(plain, model.vocab, source)
     replies: list[Reply] = []
-    for chunk, mib in SETTINGS:
+    for chunk, mib in SETTINGS[settings]:
         engine = start(engines, model, policy, chunk, mib)
         audited = AuditedEngine(engine)
         for number in range(SCENARIOS):
@@ -143,8 +149,26 @@ def test_any_load_gets_the_replies_that_it_gets_without_a_cache(
     hits = [reply.cached for reply in replies if reply.cached]
     assert len(hits) > len(replies) // 4
     assert len(set(hits)) > 3
-    if policy == "full":
-        assert sum(reply.preemptions for reply in replies) > 0
+
+
+@pytest.mark.parametrize("policy", ["full", "retrieval", "sharded"])
+def test_preempted_requests_come_back_by_the_cache_and_go_on(
+    engines: EngineSlot, models: dict[str, Model], policy: str
+) -> None:
+    model, steps = models["tiny-gqa"], 3 * PAGE + 5
+    (stem,) = random_prompts([100], model.vocab, seed=28)
+    own = random_prompts([5, 20, 60, 90, 120, 200], model.vocab, seed=29)
+    prompts = [stem[: 20 * n] + ids for n, ids in enumerate(own)]
+    plain = start(engines, model, policy, 512, 32, enable_prefix_caching=False)
+    expected = plain.generate(prompts, steps)
+    engine = start(engines, model, policy, 64, 2)
+    audited = AuditedEngine(engine)
+    names = [engine.add(prompt, steps) for prompt in prompts]
+    while engine.is_busy:
+        audited.step()
+    replies = [engine.replies.pop(name) for name in names]
+    assert sum(reply.preemptions for reply in replies) > 0
+    assert [r.tokens for r in replies] == [r.tokens for r in expected]
 
 
 def test_a_system_prompt_is_read_once(

@@ -30,7 +30,7 @@ from kvserve.plan import PagePlan, StreamRule
 from kvserve.plugin import register
 from tests.engine.pool_audit import PoolAudit
 from tests.unit.pool_model import Label, PoolModel
-from tests.unit.simulator import Batch, page_lists_of, plans, seeds
+from tests.unit.simulator import Batch, make_plan, page_lists_of, plans, seeds
 from tests.unit.simulator import Request as Row
 
 MAX_REQUESTS, MAX_TOKENS = 4, 40
@@ -307,3 +307,36 @@ def test_every_query_of_any_load_reads_its_own_text(
     plan: PagePlan, rng: Random
 ) -> None:
     check_load(replace(plan, is_shared=True), rng)
+
+
+MIXED = replace(make_plan(4, [[FULL, (1, 2)], [(1, 2), (1, 2)]]), is_shared=True)
+
+
+def ask(server: Server, text: list[int], reply: int = 2) -> int:
+    """Run one request alone; return the tokens that it found in the cache."""
+    request = server.add(text, reply)
+    server.finish()
+    return server.hits[request.request_id]
+
+
+def test_a_long_prompt_leaves_cached_conversations_alone() -> None:
+    """It goes through more pages than are free, and gives most of them back."""
+    said, other = [0] * 20, [1] * 38
+    spare = MIXED.pages(len(said) + 2)
+    server = Server(MIXED, Random(1), spare, token_budget=4)
+    ask(server, said)
+    assert MIXED.entries(len(other)) > server.manager.block_pool.num_gpu_blocks - spare
+    ask(server, other)
+    assert ask(server, [*said, 2, 2]) == len(said)
+
+
+def test_where_texts_part_twice_the_third_may_start() -> None:
+    """However many pages others went through in between."""
+    system, spare = [0] * 24, MIXED.pages(40) + MIXED.num_lanes
+    server = Server(MIXED, Random(2), spare, token_budget=4)
+    found = []
+    for number in range(4):
+        found.append(ask(server, [*system, *[number + 3] * 14]))
+        ask(server, [number + 10] * 38)
+    assert found[0] == 0
+    assert found[2:] == [len(system)] * 2
