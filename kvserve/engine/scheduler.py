@@ -41,18 +41,19 @@ class SharingScheduler(ElasticScheduler):
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        if self._pages.rule.is_elastic:
-            self._name_plan(request)
+        self._name_plan(request)
 
     def _name_plan(self, request: Request) -> None:
-        """Make the plan part of the hashes of the request's blocks.
+        """Make a plan of the request's own part of the hashes of its blocks.
 
         What a cached token holds follows from all that the layers before have seen.
         """
-        plan = self._pages.rule.of_request(
-            request.num_prompt_tokens, request.max_tokens
-        )
-        request.cache_salt = f"{plan.digest}:{request.cache_salt or ''}"
+        plan, salt = self._pages.plan_of(request.request_id), request.cache_salt
+        own = "" if plan == self._pages.common_plan else plan.digest
+        if not own and not salt:
+            return
+        # A salt that somebody chose never reads like one of ours.
+        request.cache_salt = f"{own}:{salt or ''}"
         request.block_hashes.clear()
         request.update_block_hashes()
 

@@ -50,6 +50,11 @@ class SharedPagedManager(HeadPagedManager):
     def plan_of(self, request_id: str) -> PagePlan:
         return cast(PagePlan, super().plan_of(request_id))
 
+    @property
+    def common_plan(self) -> PagePlan:
+        """The plan of requests that have none of their own."""
+        return self._plan
+
     def needs_of(self, request_id: str) -> PrefixPages:
         """Return what a request needs of a prefix."""
         plan = self.plan_of(request_id)

@@ -115,12 +115,13 @@ class Server:
         self.prefilled = 0
         self.preemptions = 0
 
-    def add(self, prompt: list[int], reply: int) -> Request:
+    def add(self, prompt: list[int], reply: int, salt: str | None = None) -> Request:
         request = Request(
             f"request-{len(self.texts)}",
             list(prompt),
             SamplingParams(max_tokens=reply),
             None,
+            cache_salt=salt,
             block_hasher=self._hasher,
         )
         self.texts[request.request_id] = list(prompt)
@@ -312,9 +313,9 @@ def test_every_query_of_any_load_reads_its_own_text(
 MIXED = replace(make_plan(4, [[FULL, (1, 2)], [(1, 2), (1, 2)]]), is_shared=True)
 
 
-def ask(server: Server, text: list[int], reply: int = 2) -> int:
+def ask(server: Server, text: list[int], salt: str | None = None) -> int:
     """Run one request alone; return the tokens that it found in the cache."""
-    request = server.add(text, reply)
+    request = server.add(text, 2, salt)
     server.finish()
     return server.hits[request.request_id]
 
@@ -340,3 +341,9 @@ def test_where_texts_part_twice_the_third_may_start() -> None:
         ask(server, [number + 10] * 38)
     assert found[0] == 0
     assert found[2:] == [len(system)] * 2
+
+
+def test_requests_of_unequal_salts_share_nothing() -> None:
+    server, text = Server(MIXED, Random(3), spare=100), [0] * 30
+    assert [ask(server, text, salt) for salt in ("a", "b", None)] == [0, 0, 0]
+    assert [ask(server, text, salt) for salt in ("a", "b", None)] == [28, 28, 28]
