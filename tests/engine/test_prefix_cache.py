@@ -28,7 +28,7 @@ SETTINGS: dict[str, list[tuple[int, int]]] = {
     "many": [(33, 3), (64, 2), (256, 4), (512, 16)],
 }
 """Tokens of a step and MiB of the pool; the smaller pools evict all the time."""
-SCENARIOS = 12
+SCENARIOS = 10
 REPLY = 12
 
 
@@ -151,7 +151,7 @@ def test_any_load_gets_the_replies_that_it_gets_without_a_cache(
     assert len(set(hits)) > 3
 
 
-@pytest.mark.parametrize("policy", ["full", "retrieval", "sharded"])
+@pytest.mark.parametrize("policy", ["full", "retrieval"])
 def test_preempted_requests_come_back_by_the_cache_and_go_on(
     engines: EngineSlot, models: dict[str, Model], policy: str
 ) -> None:
@@ -216,7 +216,7 @@ def test_samples_of_one_prompt_hold_one_copy_of_it(
     engine.finish()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["retrieval", "moa", "sharded"])
 def test_equal_prompts_of_one_step_get_one_reply(
     engines: EngineSlot, models: dict[str, Model], policy: str
 ) -> None:

@@ -302,7 +302,7 @@ def check_load(plan: PagePlan, rng: Random, requests: int = 10) -> Server:
     return server
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans(max_layers=2), seeds())
 def test_every_query_of_any_load_reads_its_own_text(
     plan: PagePlan, rng: Random
