@@ -166,6 +166,20 @@ def chat(
     return times[1:], held
 
 
+def measure_chat(
+    servers: Sequence[Server], results: Sequence[Result], args: argparse.Namespace
+) -> None:
+    """Have the same chats with a prefix cache and without."""
+    for turn in range(args.rounds):
+        for server, result in zip(servers, results, strict=True):
+            times, result.chat_bytes = chat(server, args, seed=2000 + turn)
+            result.chat += times
+    for name, result in zip(args.engines, results, strict=True):
+        plain = Server(name, args, caching=False)
+        for turn in range(args.rounds):
+            result.chat_uncached += chat(plain, args, seed=2000 + turn)[0]
+
+
 def system_table(results: list[Result], args: argparse.Namespace) -> Table:
     """Lay out what a shared system prompt costs, relative to the first engine."""
     title = f"{args.requests} requests behind a system prompt of {args.system} tokens"
@@ -216,25 +230,17 @@ def main() -> None:
     parser.add_argument("--question", type=int, default=40)
     parser.add_argument("--reply", type=int, default=32)
     parser.add_argument("--hits", type=int, default=6, help="measured in a round")
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=8, help="0: no chat")
     parser.add_argument("--turn", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     results = [Result(name) for name in args.engines]
     servers = [Server(name, args, caching=True) for name in args.engines]
     measure_system_prompt(servers, results, args)
-    for turn in range(args.rounds):
-        for server, result in zip(servers, results, strict=True):
-            times, result.chat_bytes = chat(server, args, seed=2000 + turn)
-            result.chat += times
-    del servers
-    for name, result in zip(args.engines, results, strict=True):
-        plain = Server(name, args, caching=False)
-        for turn in range(args.rounds):
-            result.chat_uncached += chat(plain, args, seed=2000 + turn)[0]
-    report = Report(
-        "prefix_cache", [system_table(results, args), chat_table(results, args)]
-    )
+    report = Report("prefix_cache", [system_table(results, args)])
+    if args.turns:
+        measure_chat(servers, results, args)
+        report.tables.append(chat_table(results, args))
     report.numbers = {result.engine: asdict(result) for result in results}
     report.write(args.out)
 
