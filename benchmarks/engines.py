@@ -45,7 +45,7 @@ def start_engine(
         spec = PolicySpec.parse(name)
         arguments = spec.arguments(tokens, shape_of(resolve_model(model)))
         chosen = {"policy": spec.name, "policy_args": arguments}
-    return LLM(model, **chosen, **options)
+    return LLM(model, **{**chosen, **options})
 
 
 def random_prompts(count: int, tokens: int, seed: int) -> list[list[int]]:

@@ -7,7 +7,8 @@ shards stay for good like sinks. All other blocks are *passing*: they leave when
 window does. The lane holds its last ``ring`` passing blocks, as many as a window can
 hold, and a passing block lives where the one ``ring`` passing blocks before it lived.
 
-A slot is named after the block that opened it.
+A slot is named after the block that opened it. In lanes that do not recycle slots every
+block opens its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+_NEVER = 1 << 40
+"""More passing blocks than any request has: a ring that never comes round."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,18 @@ class Lanes:
     staying: IntArray
 
     @classmethod
-    def make(cls, sinks: IntArray, window: IntArray, stays: BoolArray) -> Lanes:
+    def make(
+        cls,
+        sinks: IntArray,
+        window: IntArray,
+        stays: BoolArray,
+        recycles: bool = True,
+    ) -> Lanes:
         """Make lanes of sinks and window.
 
         Args:
             stays: which blocks of a turn are the lane's shards, ``[*S, stride]``.
+            recycles: whether a block is written over one that has left.
         """
         stays = stays | (window == 0)[..., None]
         passes = ~stays
@@ -60,7 +71,9 @@ class Lanes:
         return cls(
             sinks,
             window,
-            _most_in_window(before, window),
+            _most_in_window(before, window)
+            if recycles
+            else np.full_like(window, _NEVER),
             turn,
             before,
             # A stable sort puts the places of one kind first, in order.
@@ -132,6 +145,14 @@ class Lanes:
         stayed = np.where(place < sinks, place, stays)[..., None, :]
         listed = np.where(place < older, stayed, start[..., None] + place - older)
         return np.where(listed <= block[..., None], listed, -1)
+
+    def sees(self, block: IntArray, query: int) -> BoolArray:
+        """Tell whether a query in block ``query`` or a later one sees ``block``.
+
+        Blocks behind the query's own, which later queries see, count as seen.
+        """
+        start = self._window_start(np.array([query]))
+        return self._stays(block) | (block >= start)
 
     def _window_start(self, block: IntArray) -> IntArray:
         start: IntArray = np.maximum(block + 1 - self.window[..., None], 0)

@@ -19,6 +19,10 @@ A request's page list grows block by block: when block ``b`` is opened, each lan
 has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
 slot never changes while the request lives.
 
+Where requests share pages, none is written over: every block opens a page in every
+lane, and pages that no later query sees are given back to the pool between steps. See
+``kvserve.prefix``.
+
 Under tensor parallelism every rank owns some heads of each layer and a pool of its own,
 but all ranks get the same page list. Each numbers its own lanes and uses the list from
 the front, so a list as long as the largest rank needs is right for all.
@@ -26,6 +30,7 @@ the front, so a list as long as the largest rank needs is right for all.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -73,8 +78,8 @@ class PagePlan:
     ``sinks`` and ``windows`` have shape ``[num_layers][num_kv_heads]``; a window of 0
     marks a full lane. ``shards``, of the same shape or empty, has a bit for each block
     of a turn of ``stride`` that stays for good. Of ``ranks`` ranks each owns as many
-    heads of a layer, in order. Plans are hashable and travel from the worker to the
-    scheduler inside the KV cache spec.
+    heads of a layer, in order. Lanes whose pages are shared recycle none. Plans are
+    hashable and travel from the worker to the scheduler inside the KV cache spec.
     """
 
     page_size: int
@@ -83,6 +88,7 @@ class PagePlan:
     stride: int = 1
     shards: tuple[tuple[int, ...], ...] = ()
     ranks: int = 1
+    is_shared: bool = False
 
     @classmethod
     def from_budgets(
@@ -91,6 +97,7 @@ class PagePlan:
         page_size: int,
         max_tokens: int | None = None,
         ranks: int = 1,
+        shared: bool = False,
     ) -> PagePlan:
         """Round every budget up to whole pages.
 
@@ -112,11 +119,11 @@ class PagePlan:
             for part in range(3)
         )
         if not any(map(any, shards)):
-            return cls(page_size, sinks, windows, ranks=ranks)
+            return cls(page_size, sinks, windows, ranks=ranks, is_shared=shared)
         strides = {head.stride for layer in budgets for head in layer if head.shards}
         if len(strides) > 1:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
-        return cls(page_size, sinks, windows, strides.pop(), shards, ranks)
+        return cls(page_size, sinks, windows, strides.pop(), shards, ranks, shared)
 
     @property
     def num_layers(self) -> int:
@@ -147,6 +154,7 @@ class PagePlan:
                 _columns(self.windows, first, width),
                 self.stride,
                 _columns(self.shards, first, width),
+                is_shared=self.is_shared,
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -161,7 +169,16 @@ class PagePlan:
         sinks = np.array(self.sinks, dtype=np.int64)
         shards = np.array(self.shards or np.zeros_like(sinks), dtype=np.int64)
         stays = (shards[..., None] >> np.arange(self.stride)) & 1 > 0
-        return Lanes.make(sinks, np.array(self.windows, dtype=np.int64), stays)
+        windows = np.array(self.windows, dtype=np.int64)
+        return Lanes.make(sinks, windows, stays, recycles=not self.is_shared)
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the plan: what a cached page holds follows from it and the text.
+
+        Hidden states depend on what every layer before has seen.
+        """
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
 
     @cached_property
     def _warm_up(self) -> int:
@@ -187,7 +204,7 @@ class PagePlan:
 
     @cached_property
     def _held(self) -> list[int]:
-        """Pages held when the first ``b`` blocks are open, till the turn's end."""
+        """Pages listed when the first ``b`` blocks are open, till the turn's end."""
         held: list[int] = [0, *self._opened.sum(axis=0).cumsum().tolist()]
         return held
 
@@ -195,21 +212,56 @@ class PagePlan:
     def _pages_per_turn(self) -> int:
         return self._held[-1] - self._held[self._warm_up]
 
-    def pages(self, tokens: int) -> int:
+    def pages(self, tokens: int, in_flight: int = 1) -> int:
         """Pages that a request of ``tokens`` tokens holds, over all layers and heads.
 
-        On the rank that holds most. Never shrinks as tokens are added.
+        On the rank that holds most. Unless pages are shared, the number never shrinks
+        as tokens are added, and all of the page list is held.
+
+        Args:
+            in_flight: tokens that the last steps added. Until these are done, a
+                request with shared pages holds what the first of them sees.
+        """
+        if not self.is_shared:
+            return self.entries(tokens)
+        last = blocks_of(tokens, self.page_size) - 1
+        # Of chunks that end in the last block, the one that starts first.
+        first = max(0, last * self.page_size + 1 - in_flight) // self.page_size
+        return self.entries(tokens) - self._hidden(first)
+
+    def _hidden(self, block: int) -> int:
+        """Pages that no query in ``block`` or a later one sees, on any rank."""
+        if self.ranks == 1:
+            lanes, query = self.lanes, np.array([block])
+            shape = self.num_layers, self.num_kv_heads, 1
+            return int(np.broadcast_to(lanes.hidden(query), shape).sum())
+        return int((~self.needed(np.arange(block), block)).sum())
+
+    def needed(self, blocks: IntArray, query: int) -> BoolArray:
+        """Which pages queries in block ``query`` or later ones see, on any rank.
+
+        Returns:
+            For each of ``blocks`` and for each place in the order of lanes,
+            ``[len(blocks), num_lanes / ranks]``.
+        """
+        shape = self.num_layers, self.heads_per_rank, len(blocks)
+        seen = np.zeros(shape, dtype=bool)
+        for plan in self.by_rank:
+            seen |= plan.lanes.sees(blocks, query)
+        by_block: BoolArray = seen.reshape(shape[0] * shape[1], len(blocks)).T
+        return by_block
+
+    def entries(self, tokens: int) -> int:
+        """Length of the page list of ``tokens`` tokens, given back entries included.
+
+        On the rank whose list is longest.
         """
         if self.ranks > 1:
-            return max(plan.pages(tokens) for plan in self.by_rank)
+            return max(plan.entries(tokens) for plan in self.by_rank)
         blocks = blocks_of(tokens, self.page_size)
         turns = max(0, blocks - self._warm_up) // self.stride
         held = self._held[blocks - turns * self.stride]
         return held + turns * self._pages_per_turn
-
-    def entries(self, tokens: int) -> int:
-        """Length of the page list of ``tokens`` tokens: none of it is ever freed."""
-        return self.pages(tokens)
 
     def imbalance(self, tokens: int) -> float:
         """Pages of the largest rank over the mean of all ranks: 1 is even."""
@@ -298,7 +350,8 @@ class StreamRule:
     unequal length have unequal plans. ``model`` is the whole model, of whose heads
     each of ``ranks`` ranks owns some. Where policies are *mixed*, a request may name
     one of its own; the rule :meth:`under` it makes the request's plan, in turns of
-    ``stride`` blocks as the tables have them.
+    ``stride`` blocks as the tables have them. Where requests share pages, ``in_flight``
+    is the most tokens that are scheduled and not yet computed; else it is 0.
     """
 
     policy: StreamingPolicy
@@ -308,11 +361,17 @@ class StreamRule:
     ranks: int = 1
     mixed: bool = False
     stride: int | None = None
+    in_flight: int = 0
 
     @property
     def copies(self) -> int:
         """Ranks that have the lanes of a plan: it names the heads of all of them."""
         return 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether requests share the pages of a common prefix."""
+        return self.in_flight > 0
 
     @property
     def is_elastic(self) -> bool:
@@ -329,7 +388,8 @@ class StreamRule:
         """The plan that needs most of all that requests may have."""
         if not self.mixed:
             return self.longest
-        return replace(self.full, stride=self.longest.stride)
+        stride = self.longest.stride
+        return replace(self.full, stride=stride, is_shared=self.is_shared)
 
     def under(self, policy: StreamingPolicy) -> StreamRule:
         """Return the rule of requests that name a policy of their own."""
@@ -358,7 +418,7 @@ class StreamRule:
 
     def most_pages(self, tokens: int) -> int:
         """Pages that a request needs on its way to ``tokens`` tokens."""
-        return self.pages(tokens)
+        return self.plan(tokens).pages(tokens, max(self.in_flight, 1))
 
     def describe(self) -> str:
         """Say in one line what the lanes of the longest request keep."""
@@ -369,7 +429,9 @@ class StreamRule:
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
     budgets = rule.policy.budgets(rule.model, length)
-    plan = PagePlan.from_budgets(budgets, rule.page_size, length, rule.ranks)
+    plan = PagePlan.from_budgets(
+        budgets, rule.page_size, length, rule.ranks, rule.is_shared
+    )
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
 
 
@@ -399,7 +461,7 @@ def scratch_pages(
         max_tokens: tokens that one step may schedule.
         max_requests: requests that one step may schedule.
     """
-    if not plan.has_bounded_lanes:
+    if not plan.has_bounded_lanes or plan.is_shared:
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks

@@ -14,9 +14,11 @@ def register() -> None:
     from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
     from kvserve.engine.report import add_utilities
-    from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
+    from kvserve.engine.shared_manager import SharedPagedManager
+    from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadPagedSpec, HeadPagedManager)
+    KVCacheSpecRegistry.register(SharedPagedSpec, SharedPagedManager)
     KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
     add_utilities()

@@ -18,6 +18,7 @@ class Full(StreamingPolicy):
     capabilities: ClassVar[Capabilities] = Capabilities(
         prefill="streaming",
         position_only=True,
+        prefix_cacheable=True,
         cuda_graph_safe=True,
         tensor_parallel_exact=True,
     )

@@ -48,6 +48,7 @@ class MoA(StreamingPolicy):
         position_only=True,
         needs_profile=True,
         elastic=True,
+        prefix_cacheable=True,
         cuda_graph_safe=True,
         tensor_parallel_exact=True,
     )

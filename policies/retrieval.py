@@ -33,6 +33,7 @@ class Retrieval(StreamingPolicy):
         prefill="streaming",
         position_only=True,
         needs_profile=True,
+        prefix_cacheable=True,
         cuda_graph_safe=True,
         tensor_parallel_exact=True,
     )

@@ -29,6 +29,7 @@ class SinkRecent(StreamingPolicy):
     capabilities: ClassVar[Capabilities] = Capabilities(
         prefill="streaming",
         position_only=True,
+        prefix_cacheable=True,
         cuda_graph_safe=True,
         tensor_parallel_exact=True,
     )

@@ -82,7 +82,7 @@ class PolicyGuard:
         tokens = self._max_tokens
         if prompt_tokens is not None and params.max_tokens is not None:
             tokens = min(prompt_tokens + params.max_tokens, tokens)
-        pages = rule_named(self._rule, text, tokens).pages(tokens)
+        pages = rule_named(self._rule, text, tokens).most_pages(tokens)
         if pages > self._pool:
             raise UserError(
                 f"{text}: a request of {tokens} tokens, prompt and reply, needs "

@@ -36,6 +36,7 @@ EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
 _CPU_WORKER = "kvserve.engine.worker.HeadPagedCPUWorker"
 _GPU_WORKER = "kvserve.engine.worker.HeadPagedWorker"
 _ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
+_SHARING = "kvserve.engine.scheduler.SharingScheduler"
 _DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -87,15 +88,10 @@ def engine_options(
             f"--additional-config: its key {CONFIG_KEY!r} is the policy's; use "
             "--policy and --policy-arg"
         )
-    if options.get("enable_prefix_caching") is None:
-        print(
-            "kvserve: prefix caching is off: head pages are not shared yet",
-            file=sys.stderr,
-        )
     return {
         **options,
         "block_size": block_size,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": _prefix_caching(settings, options),
         "worker_cls": _worker(),
         **_scheduler_for(settings, options),
         **_on_gpu(options),
@@ -124,6 +120,32 @@ def _on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"async_scheduling": False}
 
 
+def _prefix_caching(settings: PolicySettings, options: Mapping[str, Any]) -> bool:
+    """Tell whether requests are to share pages: only where somebody asks for it."""
+    asked: bool | None = options.get("enable_prefix_caching")
+    record = settings.create_policy().capabilities
+    if record.prefix_cacheable:
+        if asked is None:
+            print(
+                "kvserve: prefix caching is off; --enable-prefix-caching turns it on",
+                file=sys.stderr,
+            )
+        return bool(asked)
+    if asked:
+        why = (
+            "keeps of a prefix what the text behind it attends to, so requests cannot "
+            "share pages"
+            if record.scores_tokens
+            else "does not let requests share pages (its record is not "
+            "prefix_cacheable)"
+        )
+        raise UserError(
+            f"--enable-prefix-caching: policy {settings.policy} {why}; leave it out, "
+            "or choose a policy of positions such as retrieval"
+        )
+    return False
+
+
 def _scheduler_for(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -138,6 +160,8 @@ def _scheduler_for(
                 "policy, such as --policy retrieval"
             )
         scheduler = _DENSE
+    elif options.get("enable_prefix_caching"):
+        scheduler = _SHARING
     elif mixed or policy.capabilities.elastic:
         scheduler = _ELASTIC
     else:
@@ -146,7 +170,7 @@ def _scheduler_for(
         flag = "--allow-request-policies" if mixed else f"--policy {settings.policy}"
         raise UserError(
             f"--scheduler-cls={options['scheduler_cls']}: {flag} "
-            "runs under a scheduler of its own; leave it out"
+            f"runs under {scheduler.rpartition('.')[2]} here; leave it out"
         )
     return {"scheduler_cls": scheduler}
 
@@ -284,11 +308,6 @@ def _check_gpu() -> None:
 
 
 def _check_cache_type(options: Mapping[str, Any]) -> None:
-    if options.get("enable_prefix_caching"):
-        raise UserError(
-            "--enable-prefix-caching: head pages are not shared between requests; "
-            f"leave it out, {_STOCK}"
-        )
     cache_dtype = options.get("kv_cache_dtype") or "auto"
     if cache_dtype not in ("auto", "bfloat16", "float16"):
         raise UserError(

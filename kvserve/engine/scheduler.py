@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler, where requests have plans of their own."""
+"""vLLM's scheduler, where requests have plans of their own, or share pages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 
 from kvserve.engine.manager import HeadPagedManager
 from kvserve.engine.named_policies import rule_of_request
+from kvserve.engine.shared_manager import SharedPagedManager
 
 
 class ElasticScheduler(Scheduler):
@@ -33,3 +34,33 @@ class ElasticScheduler(Scheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._pages.forget(request.request_id)
+
+
+class SharingScheduler(ElasticScheduler):
+    """Keeps what pages are cached under true to what is in them."""
+
+    _pages: SharedPagedManager
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        self._name_plan(request)
+
+    def _name_plan(self, request: Request) -> None:
+        """Make a plan of the request's own part of the hashes of its blocks.
+
+        What a cached token holds follows from all that the layers before have seen.
+        """
+        plan, salt = self._pages.plan_of(request.request_id), request.cache_salt
+        own = "" if plan == self._pages.common_plan else plan.digest
+        if not own and not salt:
+            return
+        # A salt that somebody chose never reads like one of ours.
+        request.cache_salt = f"{own}:{salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # Under --scheduling-policy priority a request may lose its place in the very
+        # step that was to fill its blocks. They have their names since then.
+        self._pages.uncache(request, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)

@@ -37,11 +37,27 @@ class HeadPagedSpec(AttentionSpec):
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        pages = self.plan.pages(vllm_config.model_config.max_model_len)
+        length = vllm_config.model_config.max_model_len
+        pages = max(self.rule.most_pages(length), self.plan.pages(length))
         return (pages + self.num_scratch_pages) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        return self.plan.pages(max_len)
+        return self.plan.entries(max_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPagedSpec(HeadPagedSpec):
+    """Head pages that requests with a common prefix share.
+
+    Beside what the longest request holds, memory is for the steps under way: their
+    blocks stay till they are done.
+    """
+
+    rule: StreamRule
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

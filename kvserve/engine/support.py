@@ -71,8 +71,17 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         )
         rule: Rule = DenseRule(policy, share, page_size, max_tokens, ranks)
     elif isinstance(policy, StreamingPolicy):
-        mixed = settings.allow_request_policies
-        rule = StreamRule(policy, model, page_size, max_tokens, ranks, mixed)
+        shared = vllm_config.cache_config.enable_prefix_caching
+        shared = shared and policy.capabilities.prefix_cacheable
+        rule = StreamRule(
+            policy,
+            model,
+            page_size,
+            max_tokens,
+            ranks,
+            mixed=settings.allow_request_policies,
+            in_flight=vllm_config.max_in_flight_tokens if shared else 0,
+        )
     else:
         raise UserError(
             f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"

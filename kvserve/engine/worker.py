@@ -29,7 +29,7 @@ from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.named_policies import rule_of_request
 from kvserve.engine.options import check_platform
-from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec
+from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
 from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
 from kvserve.engine.usage import WorkerUsage
 from kvserve.errors import UserError
@@ -119,7 +119,8 @@ class HeadPagedWorker(Worker):
         }
         if isinstance(rule, DenseRule):
             return {first: DensePagedSpec(**page, plan=rule.full)}
-        return {first: HeadPagedSpec(**page, plan=rule.largest)}
+        kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec
+        return {first: kind(**page, plan=rule.largest)}
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)

@@ -42,12 +42,14 @@ class Reply:
             probabilities (or logits, if the engine was started so).
         logits: the same for the whole vocabulary, ``[steps, V]``, if asked for.
         preemptions: how often the request lost its pages on the way.
+        cached: prompt tokens that it found in the prefix cache.
     """
 
     tokens: list[int] = field(default_factory=list)
     best: list[dict[int, float]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     preemptions: int = 0
+    cached: int = 0
     finish_reason: str | None = None
 
 
@@ -98,11 +100,21 @@ class Engine:
     @property
     def pages_held(self) -> dict[str, list[int]]:
         """Page ids of every request that holds some."""
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return {
             request: [page.block_id for page in pages]
-            for request, pages in manager.req_to_blocks.items()
+            for request, pages in self.manager.req_to_blocks.items()
         }
+
+    @property
+    def manager(self) -> Any:
+        """Who gives pages of the pool to requests."""
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return manager
+
+    @property
+    def builder(self) -> Any:
+        """Who builds the rows of each step, in the worker."""
+        return self._core.model_executor.driver_worker.worker._builder
 
     @property
     def rule(self) -> Any:
@@ -115,8 +127,7 @@ class Engine:
 
         Positions are ``[num_layers][num_kv_heads]``, as the last step left them.
         """
-        builder = self._core.model_executor.driver_worker.worker._builder
-        tables, state = builder.tables, builder._state
+        tables, state = self.builder.tables, self.builder._state
         found = {}
         for row, name in enumerate(tables._requests):
             request = self.scheduler.requests.get(name)
@@ -221,6 +232,8 @@ class Engine:
                 reply = self.replies[output.request_id]
                 reply.tokens += output.new_token_ids
                 reply.preemptions = preemptions.get(output.request_id, 0)
+                if output.prefill_stats is not None:
+                    reply.cached = output.prefill_stats.num_cached_tokens
                 if output.finish_reason is not None:
                     reply.finish_reason = str(output.finish_reason)
                 _note_logprobs(reply, output)

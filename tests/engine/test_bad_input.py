@@ -57,7 +57,14 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--policy", "retrieval", "--policy-arg", "full_ratio=nan"], "not a number"),
         (["--policy", "none", "--policy-arg", "sinks=1"], "takes no arguments"),
         (["--policy-arg", "sinks"], "expected key=value"),
-        (["--enable-prefix-caching"], "--enable-prefix-caching"),
+        (
+            ["--enable-prefix-caching", "--policy", "h2o"],
+            "--enable-prefix-caching: policy h2o keeps of a prefix",
+        ),
+        (
+            ["--enable-prefix-caching", "--scheduler-cls", "my.Scheduler"],
+            "--scheduler-cls=my.Scheduler: --policy retrieval runs under Sharing",
+        ),
         (
             ["--tensor-parallel-size", "2", "--policy", "heterogeneous"],
             "--tensor-parallel-size=2: heads of a layer would lie on different ranks, "

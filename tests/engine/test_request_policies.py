@@ -104,6 +104,24 @@ def test_mixed_policies_answer_as_servers_of_one_policy_do(
     assert_same(found, [alone[text][i] for i, text in pairs])
 
 
+def test_cached_prefixes_are_those_of_the_same_policy(
+    engines: EngineSlot,
+    model: Model,
+    prompts: list[list[int]],
+    alone: dict[str | None, list[Reply]],
+) -> None:
+    engine = start(engines, model, 100, enable_prefix_caching=True)
+    pairs = mixture(3)
+    expected = [alone[text][i] for i, text in pairs]
+    for is_cached in (False, True):
+        names = [engine.add(prompts[i], STEPS, **sampling(text)) for i, text in pairs]
+        before = engine.gauge("vllm:prefix_cache_hits")
+        engine.finish()
+        assert_same([engine.replies.pop(name) for name in names], expected)
+        hits = engine.gauge("vllm:prefix_cache_hits") - before
+        assert (hits > len(pairs) * PAGE) == is_cached
+
+
 def test_the_policies_of_this_test_answer_differently(
     alone: dict[str | None, list[Reply]],
 ) -> None:

@@ -133,3 +133,31 @@ def test_a_head_that_two_ranks_hold_says_the_same(
     two = _serve(engines, shared["mqa"], policy, ranks=2)
     assert two.tokens == one.tokens
     assert two.held == one.held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["retrieval", "sharded"])
+def test_two_ranks_share_the_pages_of_a_prefix(
+    engines: EngineSlot, shared: dict[str, Model], policy: str
+) -> None:
+    model = shared["gqa"]
+    (stem,) = random_prompts([300], model.vocab, seed=5)
+    prompts = [stem + own for own in random_prompts([9, 40, 90], model.vocab, seed=6)]
+    options = {} if policy == "sharded" else {"block_size": 32}
+    arguments = model.policy_args(policy, **POLICIES[policy])
+    plain = engines.start(model.path, policy, arguments, **options)
+    expected = [plain.generate([prompt], STEPS)[0] for prompt in prompts]
+    two = engines.start(
+        model.path,
+        policy,
+        arguments,
+        tensor_parallel_size=2,
+        max_num_batched_tokens=200,
+        enable_prefix_caching=True,
+        **options,
+    )
+    for _ in range(2):
+        replies = two.generate(prompts, STEPS)
+        assert [r.tokens for r in replies] == [r.tokens for r in expected]
+    assert all(reply.cached > 256 for reply in replies)
+    assert two.pool.get_num_free_blocks() == two.pages_for_requests

@@ -32,6 +32,10 @@ class PoolModel:
         self._plan, self._num_scratch = plan, num_scratch
         self._content: dict[tuple[int, int], Label] = {}
 
+    def _label(self, request: Request, layer: int, head: int, position: int) -> Label:
+        """What the request caches of a token."""
+        return Label(request.name, request.life, layer, head, position)
+
     def run(self, batch: Batch, step: StepRows) -> None:
         """Write, read and settle, layer by layer as the model's forward does."""
         for layer in range(self._plan.num_layers):
@@ -50,7 +54,7 @@ class PoolModel:
             page, offset = divmod(slot, self._plan.page_size)
             assert page in request.pages or 1 <= page <= self._num_scratch
             assert offset == position % self._plan.page_size
-            label = Label(request.name, request.life, layer, head, position)
+            label = self._label(request, layer, head, position)
             self._content[page, offset] = label
 
     def _check_reads(self, layer: int, batch: Batch, step: StepRows) -> None:
@@ -69,7 +73,7 @@ class PoolModel:
                 # Causal, aligned to the end: a row's queries are its last tokens.
                 seen = keys[: seq_len - (starts[row + 1] - 1 - query)]
                 expected = [
-                    Label(request.name, request.life, layer, head, visible)
+                    self._label(request, layer, head, visible)
                     for visible in visible_positions(
                         request.plan, layer, head, position
                     )
@@ -119,7 +123,7 @@ class PoolModel:
     def _retained(self, layer: int, request: Request, tokens: int) -> set[Label]:
         """What the next query will see, and what is there already."""
         return {
-            Label(request.name, request.life, layer, head, position)
+            self._label(request, layer, head, position)
             for head in range(self._plan.num_kv_heads)
             for position in visible_positions(request.plan, layer, head, tokens)
             if position < tokens

@@ -136,6 +136,8 @@ def test_a_policy_carries_its_paper_and_capabilities(cls: type[Policy]) -> None:
     assert isinstance(cls.capabilities, Capabilities)
     assert cls.capabilities.prefill in ("streaming", "dense")
     assert (cls.capabilities.prefill == "dense") == issubclass(cls, DensePolicy)
+    # Pages of a prefix may be shared where the text behind it changes nothing.
+    assert cls.capabilities.prefix_cacheable == cls.capabilities.position_only
     if cls.capabilities.position_only:
         assert not cls.capabilities.scores_tokens
         assert cls.capabilities.chunk_invariant
