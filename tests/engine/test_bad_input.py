@@ -63,7 +63,7 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["--enable-prefix-caching", "--scheduler-cls", "my.Scheduler"],
-            "--scheduler-cls=my.Scheduler: --policy retrieval runs under Sharing",
+            "--scheduler-cls=my.Scheduler: --policy full runs under SharingScheduler",
         ),
         (
             ["--tensor-parallel-size", "2", "--policy", "heterogeneous"],
