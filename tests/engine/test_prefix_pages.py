@@ -30,7 +30,14 @@ from kvserve.plan import PagePlan, StreamRule
 from kvserve.plugin import register
 from tests.engine.pool_audit import PoolAudit
 from tests.unit.pool_model import Label, PoolModel
-from tests.unit.simulator import Batch, make_plan, page_lists_of, plans, seeds
+from tests.unit.simulator import (
+    Batch,
+    make_plan,
+    page_lists_of,
+    plans,
+    ranked_plans,
+    seeds,
+)
 from tests.unit.simulator import Request as Row
 
 MAX_REQUESTS, MAX_TOKENS = 4, 40
@@ -89,8 +96,28 @@ def make_manager(rule: OnePlan, num_pages: int) -> KVCacheManager:
     return KVCacheManager(config, MAX_TOKENS, size, size, log_stats=True)
 
 
+class Worker:
+    """One rank's half of each step, every read and write of it checked."""
+
+    def __init__(self, plan: PagePlan, rank: int) -> None:
+        self.plan = plan.by_rank[rank]
+        self.tables = PageTables(plan, MAX_REQUESTS, MAX_TOKENS, rank=rank)
+        self.rows = RowBuilder(self.plan, self.tables)
+        self.pool = TextPool(self.plan, 0)
+
+    def step(self, batch: Batch) -> set[int]:
+        """Run a batch; return the pages that it wrote to."""
+        for row in batch.requests:
+            row.plan = self.plan
+        self.tables.forget(batch.restarted)
+        self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        step = self.rows.build(batch.query_start, batch.seq_lens)
+        self.pool.run(batch, step)
+        return {slot // self.plan.page_size for slot in step.slots.ravel().tolist()}
+
+
 class Server:
-    """A scheduler over vLLM's cache manager, and the worker's half of each step."""
+    """A scheduler over vLLM's cache manager, and a worker for each rank."""
 
     def __init__(
         self, plan: PagePlan, rng: Random, spare: int = 0, token_budget: int = 24
@@ -102,9 +129,7 @@ class Server:
         (pages,) = self.manager.coordinator.single_type_managers
         self.pages = cast(SharedPagedManager, pages)
         self.audit = PoolAudit(self.pages)
-        self.tables = PageTables(plan, MAX_REQUESTS, MAX_TOKENS)
-        self.rows = RowBuilder(plan, self.tables)
-        self.pool = TextPool(plan, 0)
+        self.workers = [Worker(plan, rank) for rank in range(plan.ranks)]
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(plan.page_size, sha256)
         self.waiting: list[Request] = []
@@ -138,13 +163,8 @@ class Server:
             self.audit.end_step(set())
             return
         batch = self._batch(lengths, started)
-        self.tables.forget(batch.restarted)
-        self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
-        step = self.rows.build(batch.query_start, batch.seq_lens)
-        self.pool.run(batch, step)
-        self.audit.end_step(
-            {slot // self.plan.page_size for slot in step.slots.ravel().tolist()}
-        )
+        written = [worker.step(batch) for worker in self.workers]
+        self.audit.end_step(set().union(*written))
         self._settle(lengths)
         self.audit.check_books()
 
@@ -308,6 +328,14 @@ def test_every_query_of_any_load_reads_its_own_text(
     plan: PagePlan, rng: Random
 ) -> None:
     check_load(replace(plan, is_shared=True), rng)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ranked_plans(), seeds())
+def test_ranks_with_other_lanes_share_one_page_list(
+    plan: PagePlan, rng: Random
+) -> None:
+    check_load(replace(plan, is_shared=True), rng, requests=8)
 
 
 MIXED = replace(make_plan(4, [[FULL, (1, 2)], [(1, 2), (1, 2)]]), is_shared=True)
