@@ -9,6 +9,9 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK   := requirements/$(DEVICE).lock
 STAMP  := $(VENV)/.installed-$(DEVICE)
 
+# Tests that share an engine are in one file.
+WORKERS ?= -n 2 --dist loadfile
+
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
 .DEFAULT_GOAL := help
@@ -27,8 +30,8 @@ serve: $(STAMP)  ## Serve the embedded model on http://127.0.0.1:8000
 	$(BIN)/kvserve serve $(SERVE_ARGS)
 
 test: $(STAMP)  ## Run the test suite
-	$(BIN)/pytest -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+	$(BIN)/pytest $(WORKERS) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 test-unit: $(STAMP)  ## Run the tests that need no model weights
 	$(BIN)/pytest tests/unit
