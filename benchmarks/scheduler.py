@@ -29,7 +29,7 @@ from kvserve.engine.manager import HeadPagedManager
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 from policies.base import Capabilities, HeadBudget, ModelShape, StreamingPolicy
 
 MODELS = {

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from kvserve.errors import UserError
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 from policies.base import StreamingPolicy
 from policies.budgets import Budget, PolicySpec
 from policies.registry import available_policies, create_policy, parse_arguments

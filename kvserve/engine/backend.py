@@ -29,7 +29,7 @@ from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.lanes import IntArray
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 
 
 class HeadPagedBackend(AttentionBackend):

@@ -11,7 +11,8 @@ from kvserve.dense_plan import DensePlan, DenseRule, blocks_of_each
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.lanes import IntArray
-from kvserve.plan import UNBOUNDED, PagePlan, StreamRule, blocks_of
+from kvserve.plan import UNBOUNDED, PagePlan, blocks_of
+from kvserve.stream_rule import StreamRule
 
 
 class DenseTables(PageTables):

@@ -14,7 +14,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from kvserve.dense_plan import DensePlan
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.ledger import Ledger
-from kvserve.plan import PagePlan, StreamRule
+from kvserve.plan import PagePlan
+from kvserve.stream_rule import StreamRule
 from policies.base import Policy
 
 

@@ -14,8 +14,8 @@ from vllm.config import VllmConfig
 
 from kvserve.engine.support import Rule, rule_of, scratch_of
 from kvserve.errors import UserError
-from kvserve.plan import StreamRule
 from kvserve.request_policies import rule_named, without_budget
+from kvserve.stream_rule import StreamRule
 
 KEY = "kv_policy"
 

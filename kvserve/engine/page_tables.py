@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvserve.lanes import IntArray, Lanes
-from kvserve.plan import PagePlan, StreamRule, blocks_of
+from kvserve.plan import PagePlan, blocks_of
+from kvserve.stream_rule import StreamRule
 
 PageArray = npt.NDArray[np.int32]
 

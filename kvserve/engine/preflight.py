@@ -25,7 +25,7 @@ from kvserve.engine.support import (
     scratch_of,
 )
 from kvserve.errors import UserError
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 from kvserve.units import format_bytes
 
 

@@ -16,8 +16,9 @@ from kvserve.engine.manager import HeadPagedManager
 from kvserve.engine.prefix_index import PrefixIndex
 from kvserve.engine.spec import SharedPagedSpec
 from kvserve.lanes import BoolArray, IntArray
-from kvserve.plan import PagePlan, StreamRule
+from kvserve.plan import PagePlan
 from kvserve.prefix import PrefixPages
+from kvserve.stream_rule import StreamRule
 
 
 class SharedPagedManager(HeadPagedManager):

@@ -13,7 +13,8 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kvserve.dense_plan import DenseRule
-from kvserve.plan import PagePlan, StreamRule
+from kvserve.plan import PagePlan
+from kvserve.stream_rule import StreamRule
 
 
 @dataclass(frozen=True, kw_only=True)

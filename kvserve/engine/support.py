@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionType
 from kvserve.dense_plan import DenseRule
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
-from kvserve.plan import StreamRule, scratch_pages
+from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"

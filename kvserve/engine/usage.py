@@ -15,7 +15,7 @@ from kvserve.dense_plan import DensePlan
 from kvserve.engine.dense_manager import DensePagedManager
 from kvserve.engine.manager import HeadPagedManager
 from kvserve.lanes import IntArray
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 from policies.base import Policy
 from policies.registry import changed_arguments
 

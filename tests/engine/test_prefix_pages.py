@@ -26,8 +26,9 @@ from kvserve.engine.page_tables import PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.shared_manager import SharedPagedManager
 from kvserve.engine.spec import SharedPagedSpec
-from kvserve.plan import PagePlan, StreamRule
+from kvserve.plan import PagePlan
 from kvserve.plugin import register
+from kvserve.stream_rule import StreamRule
 from tests.engine.pool_audit import PoolAudit
 from tests.unit.pool_model import Label, PoolModel
 from tests.unit.simulator import (

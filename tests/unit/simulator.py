@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from kvserve.engine.page_tables import PageArray
 from kvserve.lanes import IntArray
-from kvserve.plan import PagePlan, scratch_pages
+from kvserve.plan import PagePlan
+from kvserve.stream_rule import scratch_pages
 
 FULL_LANE = (0, 0)
 UNKNOWN_PAGE = -1

@@ -11,7 +11,7 @@ import pytest
 
 from kvserve.dense_plan import DenseRule
 from kvserve.errors import UserError
-from kvserve.plan import StreamRule
+from kvserve.stream_rule import StreamRule
 from policies.base import DensePolicy, ModelShape, StreamingPolicy
 from policies.budgets import RULES, Budget, PolicySpec, arguments_for
 from policies.registry import available_policies, create_policy

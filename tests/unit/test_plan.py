@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, StreamRule, blocks_of, scratch_pages
+from kvserve.plan import PagePlan, blocks_of
+from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import (
     FULL,
     Capabilities,

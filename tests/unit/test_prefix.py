@@ -9,8 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.plan import PagePlan, blocks_of, scratch_pages
+from kvserve.plan import PagePlan, blocks_of
 from kvserve.prefix import PrefixPages
+from kvserve.stream_rule import scratch_pages
 from tests.reference.visibility import stays, visible_blocks
 from tests.unit.simulator import plans, ranked_plans
 

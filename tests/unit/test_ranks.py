@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.engine.page_tables import PageTables
-from kvserve.plan import PagePlan, blocks_of, scratch_pages
+from kvserve.plan import PagePlan, blocks_of
+from kvserve.stream_rule import scratch_pages
 from policies.base import FULL, HeadBudget
 from tests.reference.visibility import held_positions, slots, visible_blocks
 from tests.unit.simulator import (

@@ -17,8 +17,9 @@ import pytest
 from kvserve import request_policies
 from kvserve.dense_plan import DenseRule
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan, StreamRule
+from kvserve.plan import PagePlan
 from kvserve.request_policies import rule_named
+from kvserve.stream_rule import StreamRule
 from policies.base import Capabilities, ModelShape, StreamingPolicy, parameter
 from policies.budgets import PolicySpec
 from policies.full import Full
