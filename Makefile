@@ -9,8 +9,9 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK   := requirements/$(DEVICE).lock
 STAMP  := $(VENV)/.installed-$(DEVICE)
 
-# Tests that share an engine are in one file.
+# Tests that share an engine are in one file. Those of servers mind the time, and run alone.
 WORKERS ?= -n 2 --dist loadfile
+DEFAULT := -m "not slow and not gpu"
 
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
@@ -30,7 +31,8 @@ serve: $(STAMP)  ## Serve the embedded model on http://127.0.0.1:8000
 	$(BIN)/kvserve serve $(SERVE_ARGS)
 
 test: $(STAMP)  ## Run the test suite
-	$(BIN)/pytest $(WORKERS) -m "not slow and not gpu"
+	$(BIN)/pytest $(WORKERS) $(DEFAULT) tests/engine tests/unit
+	$(BIN)/pytest $(DEFAULT) tests/http tests/deploy
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 test-unit: $(STAMP)  ## Run the tests that need no model weights

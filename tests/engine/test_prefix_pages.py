@@ -53,6 +53,7 @@ class OnePlan:
     in_flight: int
     is_elastic: bool = False
     copies: int = 1
+    policy: None = None
 
     @property
     def full(self) -> PagePlan:
