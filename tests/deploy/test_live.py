@@ -31,7 +31,7 @@ _SERVER = (
 )
 _LOAD = (
     *("--workload", "long-document", "--requests", "6"),
-    *("--prompt-tokens", "900", "--output-tokens", "32"),
+    *("--prompt-tokens", "640", "--output-tokens", "32"),
 )
 _METRIC = re.compile(r"\b(?:vllm:|kvserve_|job:|instance:)[\w:]+|\bup\b")
 
