@@ -139,11 +139,11 @@ def _attention_function(kind: str, dtype: torch.dtype) -> Any:
     """Every layer of every step calls it: arguments must not cost more than work."""
     function = getattr(library(), f"{kind}_attention_{_name(dtype)}")
     array, number = ctypes.c_void_p, ctypes.c_int64
-    per_row = {"decode": 1, "prefill": 3}[kind]
-    sizes = {"decode": 1, "prefill": 3}[kind]
-    function.argtypes = [array, number, *[array] * per_row, number]
+    # Arrays by row, and later sizes of the queries: as many of the one as of the other.
+    count = {"decode": 1, "prefill": 3}[kind]
+    function.argtypes = [array, number, *[array] * count, number]
     function.argtypes += [array, number, number]
-    function.argtypes += [array, *[number] * sizes, ctypes.c_float, array]
+    function.argtypes += [array, *[number] * count, ctypes.c_float, array]
     function.restype = None
     return function
 
