@@ -4,7 +4,8 @@
 Engines are named as ``kvserve eval`` names policies, ``NAME[:KEY=VALUE,...]``, where
 ``budget=`` is of a decode request; ``none[:OPTION=VALUE,...]`` is stock vLLM with some
 of its options, and ``weights`` stock vLLM whose attention does nothing: the time that
-no cache policy can go below.
+no cache policy can go below. A policy's name may end in ``@TYPE``, what its pages hold
+(``--kv-cache-dtype``): ``retrieval:budget=0.25@int8_per_token_head``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def start_engine(
     if policy in (STOCK, WEIGHTS):
         chosen |= dict(pair.split("=", 1) for pair in own.split(",") if pair)
     else:
-        spec = PolicySpec.parse(name)
+        text, _, stored = name.partition("@")
+        spec = PolicySpec.parse(text)
         arguments = spec.arguments(tokens, shape_of(resolve_model(model)))
         chosen = {"policy": spec.name, "policy_args": arguments}
+        chosen["kv_cache_dtype"] = stored or "auto"
     return LLM(model, **{**chosen, **options})
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 from typing import Any
@@ -26,6 +27,7 @@ from kvserve import LLM
 from kvserve.evaluation.families import FACTS, MAGIC_NUMBERS
 from kvserve.evaluation.needles import NeedlePrompt, build_prompt, score
 from kvserve.models import resolve_model
+from kvserve.processor import default_dtype
 
 _DEFAULT = ["full", "retrieval", "sink-recent"]
 LENGTHS = [1024, 2048, 3072, 4000]
@@ -49,14 +51,24 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def make_engine(
-    model: str, policy: str, arguments: dict[str, Any], longest: int, dtype: str
+    model: str,
+    policy: str,
+    arguments: dict[str, Any],
+    longest: int,
+    dtype: str,
+    stored: str = "auto",
 ) -> Any:
-    """Start an engine for prompts of up to ``longest`` tokens."""
+    """Start an engine for prompts of up to ``longest`` tokens.
+
+    Args:
+        stored: what pages hold, ``--kv-cache-dtype``.
+    """
     return LLM(
         model,
         policy=policy,
         policy_args=arguments,
         dtype=dtype,
+        kv_cache_dtype=stored,
         max_model_len=longest + 128,
         max_num_seqs=8,
         max_num_batched_tokens=2048,
@@ -93,17 +105,18 @@ def kept_share(llm: Any, tokens: int, output: int) -> float:
     return min(1.0, held / (tokens * rule.full.num_lanes))
 
 
-def measure(spec: str, model: str, args: argparse.Namespace) -> None:
-    """Print the row of one policy."""
+def measure(spec: str, stored: str, model: str, args: argparse.Namespace) -> None:
+    """Print the row of one policy over pages of one type."""
     policy, arguments = parse(spec)
-    llm = make_engine(model, policy, arguments, max(args.lengths), args.dtype)
+    longest = max(args.lengths)
+    llm = make_engine(model, policy, arguments, longest, args.dtype, stored)
     cells = []
     for length in args.lengths:
         needles = prompts(model, args.family, length, args.needles)
         found = mean_score(needles, replies(llm, needles, args.output))
         kept = kept_share(llm, length, args.output)
         cells.append(f"{found:.2f} ({kept:.0%})")
-    print(f"| {spec} | {' | '.join(cells)} |", flush=True)
+    print(f"| {spec} | {stored} | {' | '.join(cells)} |", flush=True)
     del llm
     gc.collect()
 
@@ -117,12 +130,13 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="numbers")
     parser.add_argument("--needles", type=int, default=16)
     parser.add_argument("--output", type=int, default=24)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"], metavar="TYPE")
     args = parser.parse_args()
     heads = " | ".join(f"{length} tokens" for length in args.lengths)
-    print(f"\n| policy | {heads} |\n|---{'|---' * len(args.lengths)}|")
-    for spec in args.policies:
-        measure(spec, resolve_model(args.model), args)
+    print(f"\n| policy | pages | {heads} |\n|---{'|---' * len(args.lengths)}|---|")
+    for spec, stored in itertools.product(args.policies, args.kv_cache_dtype):
+        measure(spec, stored, resolve_model(args.model), args)
 
 
 if __name__ == "__main__":

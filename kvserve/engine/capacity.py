@@ -13,12 +13,14 @@ from kvserve.engine.serve import add_policy_arguments, choose_policy
 from kvserve.engine.support import fits, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
+from kvserve.processor import settle_dtype
 from kvserve.units import format_bytes, parse_bytes
 
 _EXAMPLES = """examples:
   kvserve plan --policy retrieval --max-model-len 8192 --kv-memory 512MiB
   kvserve plan MODEL --policy sink-recent --policy-arg recent=480 --kv-memory 8G
   kvserve plan --tensor-parallel-size 3 --kv-memory 512MiB    what ranks cost
+  kvserve plan --kv-cache-dtype int8_per_token_head --kv-memory 512MiB
 
 No weights are loaded.
 """
@@ -51,6 +53,15 @@ def plan(argv: list[str]) -> int:
     parser.add_argument(
         "--max-num-seqs", type=int, default=256, help="requests the server may run"
     )
+    parser.add_argument(
+        "--dtype", default="auto", help="type to run the model in (default: as serve)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="what pages hold, e.g. int8_per_token_head (default: the model's type)",
+    )
     add_policy_arguments(parser)
     args = parser.parse_args(argv)
     memory = parse_bytes(args.kv_memory, "--kv-memory")
@@ -62,6 +73,8 @@ def plan(argv: list[str]) -> int:
         settings,
         {
             "model": model,
+            "dtype": settle_dtype(args.dtype),
+            "kv_cache_dtype": args.kv_cache_dtype,
             "max_model_len": args.max_model_len,
             "max_num_seqs": args.max_num_seqs,
             "kv_cache_memory_bytes": memory,

@@ -54,6 +54,7 @@ class EngineBackend:
         longest: int,
         dtype: str,
         kv_memory: int,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         try:
             self._llm = LLM(
@@ -65,6 +66,7 @@ class EngineBackend:
                 max_num_seqs=AT_ONCE,
                 max_num_batched_tokens=_STEP_TOKENS,
                 kv_cache_memory_bytes=kv_memory,
+                kv_cache_dtype=kv_cache_dtype,
                 max_logprobs=TOP,
                 logits_processors=[FORCED_PROCESSOR],
                 enforce_eager=True,

@@ -10,11 +10,13 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from kvserve.engine.converting_device import ConvertingCPUDevice
 from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.device import CPUDevice, Device
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.engine.staging import HostStaging, Staging
+from kvserve.engine.staging import Staging
+from kvserve.kernels.page_formats import PageFormat
 
 
 def has_gpu() -> bool:
@@ -55,7 +57,20 @@ def dense_tables_class() -> type[DenseTables]:
     return WatchedDenseTables
 
 
-def kernels_and_staging(
+def cpu_kernels(
+    spec: HeadPagedSpec,
+    page_format: PageFormat | None,
+    dtype: torch.dtype,
+    group_size: int,
+) -> CPUDevice:
+    """Make what writes pages of a format, or of the model's type, and reads them."""
+    shape = dtype, group_size, spec.head_size, spec.block_size
+    if page_format is None:
+        return CPUDevice(*shape)
+    return ConvertingCPUDevice(page_format, *shape)
+
+
+def gpu_kernels_and_staging(
     spec: HeadPagedSpec, group_size: int, tables: PageTables, device: torch.device
 ) -> tuple[Device, Staging]:
     """Make what runs on the device, and what brings a step's rows there.
@@ -64,9 +79,6 @@ def kernels_and_staging(
         group_size: query heads that share a KV head.
         tables: made by one of the two classes above.
     """
-    if not uses_triton():
-        kernels = CPUDevice(spec.dtype, group_size, spec.head_size, spec.block_size)
-        return kernels, HostStaging(kernels)
     from kvserve.engine.device_staging import DeviceStaging
     from kvserve.engine.mirror import TableMirror, WatchedDenseTables, WatchedTables
     from kvserve.engine.triton_device import TritonDevice

@@ -28,6 +28,7 @@ from kvserve.engine import hardware
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
+from kvserve.kernels.page_formats import FORMATS, FP8, INT8
 from policies.base import DensePolicy, StreamingPolicy
 
 EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
@@ -309,10 +310,16 @@ def _check_gpu() -> None:
 
 def _check_cache_type(options: Mapping[str, Any]) -> None:
     cache_dtype = options.get("kv_cache_dtype") or "auto"
-    if cache_dtype not in ("auto", "bfloat16", "float16"):
+    if cache_dtype.startswith("fp8") and cache_dtype not in FORMATS:
         raise UserError(
-            f"--kv-cache-dtype={cache_dtype}: head pages hold the model's own type; "
-            f"use auto, {_STOCK}"
+            f"--kv-cache-dtype={cache_dtype}: head pages have a scale for each token, "
+            f"not for a whole layer; use {FP8.name}, or {INT8.name}, {_STOCK}"
+        )
+    if cache_dtype not in ("auto", "float16", *FORMATS):
+        known = ", ".join(FORMATS)
+        raise UserError(
+            f"--kv-cache-dtype={cache_dtype}: head pages hold the model's own type, or "
+            f"one of {known}; use auto or one of those, {_STOCK}"
         )
     worker = options.get("worker_cls") or "auto"
     if worker not in ("auto", _worker()):

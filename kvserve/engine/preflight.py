@@ -21,6 +21,7 @@ from kvserve.engine.support import (
     Rule,
     check_batch,
     check_model,
+    page_format_of,
     rule_of,
     scratch_of,
 )
@@ -59,6 +60,7 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     except (ValueError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
+    page_format_of(config)
     rule = rule_of(config)
     if announce:
         _announce(config, rule)
@@ -90,10 +92,12 @@ def _on_ranks(rule: StreamRule) -> str:
 
 
 def page_bytes_of(config: VllmConfig) -> int:
-    """Bytes of one head page: keys and values of one block of one head."""
-    model = config.model_config
-    values = 2 * model.get_head_size() * config.cache_config.block_size
-    return values * get_dtype_size(cast(torch.dtype, model.dtype))
+    """Bytes of one head page: keys, values and scales of one block of one head."""
+    model, page_format = config.model_config, page_format_of(config)
+    tokens, head_size = config.cache_config.block_size, model.get_head_size()
+    if page_format:
+        return tokens * page_format.token_bytes(head_size)
+    return tokens * 2 * head_size * get_dtype_size(cast(torch.dtype, model.dtype))
 
 
 def check_pool(config: VllmConfig, rule: Rule) -> None:

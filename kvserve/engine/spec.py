@@ -23,6 +23,7 @@ class HeadPagedSpec(AttentionSpec):
 
     ``num_kv_heads`` is 1 by construction: ``page_size_bytes`` is one head page.
     ``plan`` is that of the request that needs most; ``rule`` makes the plan of each.
+    ``dtype`` is that of the pool, and a token's bytes are ``state_content_bytes``.
     """
 
     plan: PagePlan

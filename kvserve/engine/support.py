@@ -14,8 +14,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
 from kvserve.dense_plan import DenseRule
+from kvserve.engine import hardware
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
+from kvserve.kernels.page_formats import FORMATS, PageFormat
 from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 
@@ -114,6 +116,29 @@ def _check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:
             f"{flag}: {model.name} has {heads} KV heads, and policy {policy.name} must "
             f"see all query heads of a KV head on one rank; use at most {heads}"
         )
+
+
+def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
+    """What pages hold, as --kv-cache-dtype asks; ``None``: the model's own type.
+
+    Raises:
+        UserError: they cannot hold that, or not on this device.
+    """
+    asked = vllm_config.cache_config.cache_dtype
+    own = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if asked in ("auto", own):
+        return None
+    if asked not in FORMATS:
+        raise UserError(
+            f"--kv-cache-dtype={asked}: cannot hold what a model in {own} caches under "
+            f"a policy; choose {', '.join(FORMATS)} or {own}"
+        )
+    if hardware.uses_triton():
+        raise UserError(
+            f"--kv-cache-dtype={asked}: kernels for such pages are for CPUs only so "
+            "far; leave it out"
+        )
+    return FORMATS[asked]
 
 
 def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:

@@ -30,7 +30,13 @@ from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.named_policies import rule_of_request
 from kvserve.engine.options import check_platform
 from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
-from kvserve.engine.support import Rule, check_layers, rule_of, scratch_of
+from kvserve.engine.support import (
+    Rule,
+    check_layers,
+    page_format_of,
+    rule_of,
+    scratch_of,
+)
 from kvserve.engine.usage import WorkerUsage
 from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
@@ -117,6 +123,8 @@ class HeadPagedWorker(Worker):
             "head_size": layer.head_size,
             "dtype": layer.kv_cache_torch_dtype,
         }
+        if page_format := page_format_of(self.vllm_config):
+            page["state_content_bytes"] = page_format.token_bytes(layer.head_size)
         if isinstance(rule, DenseRule):
             return {first: DensePagedSpec(**page, plan=rule.full)}
         kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec

@@ -129,6 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: bfloat16, or float32 where that is much faster",
     )
     parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="what pages hold, e.g. int8_per_token_head (default: the model's type)",
+    )
+    parser.add_argument(
         "--kv-memory",
         metavar="BYTES",
         help="size of each engine's KV pool, e.g. 2GiB (default: eight full requests)",
@@ -212,6 +218,8 @@ def prepare(args: argparse.Namespace) -> Work:
         "haystack": f"{haystack} ({digest})",
         "kvserve": __version__,
     }
+    if args.kv_cache_dtype != "auto":
+        conditions["kv_cache_dtype"] = args.kv_cache_dtype
     return Work(model, assignments, conditions, max([longest, *lengths]))
 
 
@@ -270,7 +278,9 @@ def _assignments(
 
 def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:
     memory = parse_bytes(args.kv_memory, "--kv-memory") if args.kv_memory else None
-    return LocalEngine(work.model, args.dtype, work.longest, memory)
+    return LocalEngine(
+        work.model, args.dtype, work.longest, memory, args.kv_cache_dtype
+    )
 
 
 def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:

@@ -25,12 +25,14 @@ class LocalEngine:
         longest: tokens of the longest request, prompt and reply.
         kv_memory: bytes of the pool; ``None`` is room for all requests that run
             together, each with a full cache, up to 4 GiB.
+        kv_cache_dtype: what pages hold, as vLLM's option says.
     """
 
     model: EvaluatedModel
     dtype: str
     longest: int
     kv_memory: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def pool(self) -> int:
         if self.kv_memory is not None:
@@ -69,6 +71,7 @@ class PolicyContender:
             longest=self.engine.longest,
             dtype=self.engine.dtype,
             kv_memory=self.engine.pool(),
+            kv_cache_dtype=self.engine.kv_cache_dtype,
         )
 
 

@@ -11,6 +11,7 @@
 #include <omp.h>
 #endif
 
+#include "numbers.h"
 #include "pages.h"
 
 namespace {
@@ -51,9 +52,9 @@ template <int heads> constexpr int panels() {
 
 // Multiply `heads` queries [width, HEADS] with the keys of some panels of tokens,
 // `stride` apart, and fetch the keys that are `ahead`.
-template <int heads, class Number>
+template <int heads, class Page>
 void multiply(
-    const float *query, const Number *keys, const Number *ahead, int64_t width,
+    const float *query, const Page *keys, const Page *ahead, int64_t width,
     int64_t stride, float *logits) {
     constexpr int count = panels<heads>();
     Pair sum[count][heads] = {};
@@ -75,14 +76,14 @@ void multiply(
         for (int panel = 0; panel < count; ++panel)
             store(
                 logits + head * TOKENS + panel * PANEL,
-                ordered(Number{}, sum[panel][head]));
+                ordered(Page{}, sum[panel][head]));
 }
 
 // Add some panels of dimensions of `count` tokens' values [count, width], weighted, to
 // `sums`, and fetch the values that are `ahead`.
-template <int heads, class Number>
+template <int heads, class Page>
 void accumulate(
-    const float *weights, const Number *values, const Number *ahead, int64_t count,
+    const float *weights, const Page *values, const Page *ahead, int64_t count,
     int64_t width, float *sums) {
     constexpr int parts = panels<heads>();
     Pair sum[parts][heads];
@@ -113,17 +114,16 @@ void accumulate(
 }
 
 // The online softmax of one part, for all heads of the row.
-template <class Number> class Attention {
+template <class Page> class Attention {
   public:
-    Attention(const Pool<Number> &pool, int64_t group, float factor)
+    Attention(const Pool<Page> &pool, int64_t group, float factor)
         : pool_(pool), group_(group), quads_((group + HEADS - 1) / HEADS),
           factor_(factor), queries_(quads_ * HEADS * pool.width),
           logits_(HEADS * TOKENS) {}
 
     // Leave sums [group, width], in the order of `load`, peaks and masses [group].
     void run(
-        const Number *query, const int32_t *pages, int64_t first, int64_t last,
-        float *sums, float *peaks, float *masses) {
+        Numbers query, const int32_t *pages, int64_t first, int64_t last, float *sums, float *peaks, float *masses) {
         pack(query);
         std::fill(sums, sums + group_ * pool_.width, 0.0f);
         std::fill(peaks, peaks + group_, NEVER);
@@ -149,11 +149,11 @@ template <class Number> class Attention {
     }
 
   private:
-    void pack(const Number *query) {
+    void pack(Numbers query) {
         for (int64_t head = 0; head < group_; ++head)
             for (int64_t d = 0; d < pool_.width; ++d)
                 queries_[(head / HEADS * pool_.width + d) * HEADS + head % HEADS] =
-                    to_float(query[head * pool_.width + d]) * factor_;
+                    query.get(head * pool_.width + d) * factor_;
     }
 
     template <int heads>
@@ -172,15 +172,19 @@ template <class Number> class Attention {
                 logits_ + token);
         }
         const int64_t padded = (count + together - 1) / together * together;
+        if (is_scaled<Page>)
+            apply_scales(pool_, true, pages, start, padded, heads, TOKENS, logits_);
         for (int i = 0; i < heads; ++i)
             soften(logits_ + i * TOKENS, count, padded, sums + i * width,
                    peaks[head + i], masses[head + i]);
+        if (is_scaled<Page>)
+            apply_scales(pool_, false, pages, start, count, heads, TOKENS, logits_);
         for (int64_t token = 0; token < count;) {
             const int64_t at = start + token;
             const int64_t run = std::min(size - at % size, count - token);
-            const Number *values = pool_.values(pages[at / size]) + at % size * width;
+            const Page *values = pool_.values(pages[at / size]) + at % size * width;
             const int64_t next = std::min(at + AHEAD, last - 1) / size;
-            const Number *ahead = pool_.values(pages[next]);
+            const Page *ahead = pool_.values(pages[next]);
             for (int64_t d = 0; d < width; d += together)
                 accumulate<heads>(
                     logits_ + token, values + d, ahead + d, run, width, sums + d);
@@ -210,7 +214,7 @@ template <class Number> class Attention {
         mass += total(drawn);
     }
 
-    const Pool<Number> pool_;
+    const Pool<Page> pool_;
     const int64_t group_, quads_;
     const float factor_;
     Buffer<float> queries_, logits_;
@@ -239,10 +243,10 @@ std::vector<Part> cut(const int32_t *lengths, int64_t rows, int64_t tokens) {
 }
 
 // Join the parts of one row, and write its heads.
-template <class Number>
+template <class Page>
 void join(
     const Sums &found, int64_t first, int64_t last, int64_t group, int64_t width,
-    Number *out) {
+    Numbers out) {
     for (int64_t head = 0; head < group; ++head) {
         float peak = NEVER, mass = 0;
         for (int64_t part = first; part < last; ++part)
@@ -263,18 +267,17 @@ void join(
         for (int64_t d = 0; d < width; d += PANEL) {
             const Pair both = {
                 vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
-            store(sums + d, ordered(Number{}, both));
+            store(sums + d, ordered(Page{}, both));
         }
         for (int64_t d = 0; d < width; ++d)
-            out[head * width + d] = rounded<Number>(sums[d]);
+            out.put(head * width + d, sums[d]);
     }
 }
 
-template <class Number>
+template <class Page>
 void decode(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const Pool<Number> &pool, const Number *query, int64_t group, float scale,
-    Number *out) {
+    const Pool<Page> &pool, Numbers query, int64_t group, float scale, Numbers out) {
     const int64_t width = pool.width;
     const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
     const std::vector<Part> parts = cut(lengths, rows, tokens);
@@ -282,14 +285,14 @@ void decode(
     const Sums found(count, group, width);
 #pragma omp parallel if (tokens > WORTH_THREADS)
     {
-        Attention<Number> attention(pool, group, scale * LOG2_E);
+        Attention<Page> attention(pool, group, scale * LOG2_E);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
             const Part &part = parts[i];
             attention.run(
-                query + part.row * group * width, table + part.row * stride, part.first,
-                part.last, found.sums + i * group * width, found.peaks + i * group,
-                found.masses + i * group);
+                query.from(part.row * group * width), table + part.row * stride,
+                part.first, part.last, found.sums + i * group * width,
+                found.peaks + i * group, found.masses + i * group);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
@@ -298,31 +301,22 @@ void decode(
             int64_t last = i + 1;
             while (last < count && parts[last].row == parts[i].row)
                 ++last;
-            join(found, i, last, group, width, out + parts[i].row * group * width);
+            const int64_t own = parts[i].row * group * width;
+            join<Page>(found, i, last, group, width, out.from(own));
         }
     }
 }
 
 } // namespace
 
-// Arrays are contiguous, but for the page table, whose rows are `stride` apart. The pool
-// is [num_pages, 2, page_size * width]: keys [width, page_size], values [page_size,
-// width]. A row without tokens gets zeros.
-extern "C" {
-
-void decode_attention_float32(
+// Arrays are contiguous, but for the page table, whose rows are `stride` apart. Queries
+// and `out` are bfloat16 or float32. A row without tokens gets zeros.
+extern "C" void decode_attention(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const float *pool, int64_t page_size, int64_t width, const float *query,
-    int64_t group, float scale, float *out) {
-    const Pool<float> pages{pool, page_size, width};
-    decode(table, stride, lengths, rows, pages, query, group, scale, out);
-}
-
-void decode_attention_bfloat16(
-    const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const uint16_t *pool, int64_t page_size, int64_t width, const uint16_t *query,
-    int64_t group, float scale, uint16_t *out) {
-    const Pool<uint16_t> pages{pool, page_size, width};
-    decode(table, stride, lengths, rows, pages, query, group, scale, out);
-}
+    int64_t kind, void *pool, int64_t page_size, int64_t width, int64_t is_half,
+    const void *query, int64_t group, float scale, void *out) {
+    with_pool(kind, pool, page_size, width, [&](const auto &pages) {
+        decode(table, stride, lengths, rows, pages, {query, is_half}, group, scale,
+               {out, is_half});
+    });
 }

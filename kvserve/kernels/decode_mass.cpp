@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "vectors.h"
+#include "numbers.h"
+#include "pages.h"
 
 namespace {
 
@@ -36,41 +37,44 @@ struct Rows {
     }
 };
 
-// A pool's keys: the halves of pages that come first.
-template <class Number> struct Keys {
-    const Number *pool;
+// A pool's keys.
+template <class Page> struct Keys {
+    Pool<Page> pool;
     // Where a page has number d of token t, at [d][t]; none where it is just there.
     const int32_t *places;
-    int64_t width;
 
-    void unpack(int64_t page, int64_t page_size, float *out) const {
-        const int64_t numbers = page_size * width;
-        const Number *packed = pool + 2 * page * numbers;
+    void unpack(int64_t page, float *out) const {
+        const int64_t size = pool.page_size, numbers = size * pool.width;
+        const Page *packed = pool.keys(page);
         if (places == nullptr)
             for (int64_t i = 0; i < numbers; ++i)
                 out[i] = to_float(packed[i]);
         else
             for (int64_t i = 0; i < numbers; ++i)
                 out[i] = to_float(packed[places[i]]);
+        if (is_scaled<Page>)
+            for (int64_t i = 0; i < numbers; ++i)
+                out[i] *= pool.key_scales(page)[i % size] * UNIT<Page>;
     }
 };
 
 // What one row's query heads attend to, a row at a time.
-template <class Number> class RowAttention {
+template <class Page> class RowAttention {
   public:
     RowAttention(
-        const Rows &rows, const Keys<Number> &keys, int64_t group, float factor)
+        const Rows &rows, const Keys<Page> &keys, int64_t group, float factor)
         : rows_(rows), keys_(keys), group_(group), factor_(factor),
           quads_((group + HEADS - 1) / HEADS), room_(rows.longest()),
-          queries_(quads_ * HEADS * keys.width), page_(rows.page_size * keys.width),
+          width_(keys.pool.width), queries_(quads_ * HEADS * width_),
+          page_(rows.page_size * width_),
           weights_(quads_ * HEADS * room_) {}
 
     // Add it to the mass of each token.
-    void run(const Number *query, int64_t row, float *mass) {
+    void run(Numbers query, int64_t row, float *mass) {
         pack_queries(query);
         const int64_t pages = rows_.pages(row), size = rows_.page_size;
         for (int64_t i = 0; i < pages; ++i) {
-            keys_.unpack(rows_.page(row, i), size, page_);
+            keys_.unpack(rows_.page(row, i), page_);
             for (int64_t quad = 0; quad < quads_; ++quad)
                 for (int64_t token = 0; token < size; token += VECTORS * LANES)
                     multiply(quad, token, i * size + token);
@@ -85,17 +89,17 @@ template <class Number> class RowAttention {
     }
 
   private:
-    void pack_queries(const Number *query) {
+    void pack_queries(Numbers query) {
         for (int64_t head = 0; head < quads_ * HEADS; ++head)
-            for (int64_t d = 0; d < keys_.width; ++d)
-                queries_[(head / HEADS * keys_.width + d) * HEADS + head % HEADS] =
-                    head < group_ ? to_float(query[head * keys_.width + d]) : 0;
+            for (int64_t d = 0; d < width_; ++d)
+                queries_[(head / HEADS * width_ + d) * HEADS + head % HEADS] =
+                    head < group_ ? query.get(head * width_ + d) : 0;
     }
 
     void multiply(int64_t quad, int64_t token, int64_t column) {
-        const float *queries = queries_ + quad * keys_.width * HEADS;
+        const float *queries = queries_ + quad * width_ * HEADS;
         Floats sum[HEADS][VECTORS] = {};
-        for (int64_t d = 0; d < keys_.width; ++d)
+        for (int64_t d = 0; d < width_; ++d)
 #pragma GCC unroll 8
             for (int i = 0; i < VECTORS; ++i) {
                 const float *keys = page_ + d * rows_.page_size + token + i * LANES;
@@ -122,25 +126,26 @@ template <class Number> class RowAttention {
     }
 
     const Rows rows_;
-    const Keys<Number> keys_;
+    const Keys<Page> keys_;
     const int64_t group_;
     const float factor_;
-    const int64_t quads_, room_;
+    const int64_t quads_, room_, width_;
     Buffer<float> queries_, page_, weights_;
 };
 
-template <class Number>
+template <class Page>
 void add_attention(
-    const Rows &rows, const Keys<Number> &keys, const Number *query, int64_t group,
-    float scale, float *mass) {
+    const Rows &rows, const Pool<Page> &pool, const int32_t *places, Numbers query,
+    int64_t group, float scale, float *mass) {
+    const Keys<Page> keys{pool, places};
     const int64_t longest = rows.longest();
 #pragma omp parallel if (longest * rows.count > WORTH_THREADS)
     {
-        RowAttention<Number> attention(rows, keys, group, scale * LOG2_E);
+        RowAttention<Page> attention(rows, keys, group, scale * LOG2_E);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows.count; ++i) {
             const int64_t row = rows.rows[i];
-            attention.run(query + row * group * keys.width, row, mass);
+            attention.run(query.from(row * group * pool.width), row, mass);
         }
     }
 }
@@ -170,26 +175,19 @@ int64_t lightest(
 } // namespace
 
 // Arrays are contiguous, but for the page table, whose rows are `stride` apart; what is
-// said of each row is indexed by its number in the table. The pool is [num_pages, 2,
-// page_size * width], mass and position are [num_pages, page_size].
+// said of each row is indexed by its number in the table. Mass and position are
+// [num_pages, page_size].
 extern "C" {
 
-void add_row_attention_float32(
+void add_row_attention(
     const int32_t *table, int64_t stride, const int64_t *lengths, const int64_t *rows,
-    int64_t count, int64_t page_size, const float *pool, const int32_t *places,
-    int64_t width, const float *query, int64_t group, float scale, float *mass) {
+    int64_t count, int64_t page_size, int64_t kind, void *pool, const int32_t *places,
+    int64_t width, int64_t is_half, const void *query, int64_t group, float scale,
+    float *mass) {
     const Rows cached{table, stride, lengths, rows, count, page_size};
-    const Keys<float> keys{pool, places, width};
-    add_attention(cached, keys, query, group, scale, mass);
-}
-
-void add_row_attention_bfloat16(
-    const int32_t *table, int64_t stride, const int64_t *lengths, const int64_t *rows,
-    int64_t count, int64_t page_size, const uint16_t *pool, const int32_t *places,
-    int64_t width, const uint16_t *query, int64_t group, float scale, float *mass) {
-    const Rows cached{table, stride, lengths, rows, count, page_size};
-    const Keys<uint16_t> keys{pool, places, width};
-    add_attention(cached, keys, query, group, scale, mass);
+    with_pool(kind, pool, page_size, width, [&](const auto &pages) {
+        add_attention(cached, pages, places, {query, is_half}, group, scale, mass);
+    });
 }
 
 void lightest_slots(

@@ -32,19 +32,39 @@ _SOURCES = [
     _FOLDER / "prefill_attention.cpp",
     _FOLDER / "attention_mass.cpp",
     _FOLDER / "decode_mass.cpp",
+    _FOLDER / "write_pages.cpp",
 ]
 _WIDTH_STEP = 32
 """Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
-_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "pages.h"]
+_HEADERS = [_FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h")]
+_MODEL_TYPES = (torch.float32, torch.bfloat16)
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
+"""``pages.h``'s ``Kind`` of what a pool's pages hold; bytes are those of e4m3."""
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _CPU_FEATURES = ("flags", "Features")
 """What Linux calls the line, on x86 and on Arm."""
 
 
 def can_attend(dtype: torch.dtype, head_size: int, page_size: int) -> bool:
-    """Tell whether the two kernels of attention take such pages."""
+    """Tell whether the two kernels of attention take such queries, and their pages."""
     fits = head_size % _WIDTH_STEP == page_size % _WIDTH_STEP == 0
-    return fits and dtype in (torch.float32, torch.bfloat16) and library() is not None
+    return fits and dtype in _MODEL_TYPES and library() is not None
+
+
+def write_pages(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Store keys and values, rounded and scaled as the pool's type asks for.
+
+    Args:
+        key, value: ``[n, d]``, contiguous, float32 or bfloat16.
+        pool: as of :func:`decode_attention`.
+        slots: ``[n]`` int64.
+    """
+    assert key.dtype == value.dtype
+    sizes = pool.shape[2], key.shape[1], _is_half(key)
+    keys, values = key.contiguous(), value.contiguous()
+    _call(
+        "write_pages", slots, len(slots), _KINDS[pool.dtype], pool, *sizes, keys, values
+    )
 
 
 def decode_attention(
@@ -58,26 +78,29 @@ def decode_attention(
     """Attention of one query per row over its own pages; sums are float32.
 
     Args:
-        query: ``[rows, G, d]``, contiguous, of the pool's type.
-        pool: ``[num_pages, 1, page_size, 2 * d]``; of a page, the first half has its
-            keys as ``[d, page_size]``, the second its values as ``[page_size, d]``.
+        query: ``[rows, G, d]``, contiguous, float32 or bfloat16.
+        pool: ``[num_pages, 1, page_size, w]``, pages as ``page_formats`` says: int8,
+            uint8 for e4m3, or float32 or bfloat16, where ``w`` is ``2 * d``.
         lengths: keys of each row, ``[rows]``, int32; a row without any gets zeros.
         page_table: ``[rows, W]``, int32.
-        out: ``[rows, G, d]``, contiguous.
+        out: ``[rows, G, d]``, contiguous, of the queries' type.
     """
     rows, group, width = query.shape
     assert lengths.dtype == page_table.dtype == torch.int32
     assert page_table.stride(1) == 1
+    assert query.dtype == out.dtype
     assert query.is_contiguous()
     assert out.is_contiguous()
-    _attention_function("decode", pool.dtype)(
+    _attention_function("decode")(
         page_table.data_ptr(),
         page_table.stride(0),
         lengths.data_ptr(),
         rows,
+        _KINDS[pool.dtype],
         pool.data_ptr(),
         pool.shape[2],
         width,
+        _is_half(query),
         query.data_ptr(),
         group,
         scale,
@@ -98,8 +121,8 @@ def prefill_attention(
     """Causal attention of rows of many queries over their own pages; sums are float32.
 
     Args:
-        query: ``[tokens, H_kv, G, d]``, a token's numbers contiguous, of the pool's
-            type.
+        query: ``[tokens, H_kv, G, d]``, a token's numbers contiguous, float32 or
+            bfloat16.
         pool: as of :func:`decode_attention`.
         first: where each row's queries begin, ``token * H_kv + head``, ``[rows]``
             int64; a row's further queries are the same head's of the tokens behind.
@@ -107,24 +130,28 @@ def prefill_attention(
         lengths: keys that each row's last query sees, ``[rows]`` int32; each query
             before sees one less.
         page_table: ``[rows, W]``, int32.
-        out: ``[tokens, H_kv, G, d]``, contiguous; what is in no row is left alone.
+        out: ``[tokens, H_kv, G, d]``, contiguous, of the queries' type; what is in no
+            row is left alone.
     """
     _, kv_heads, group, width = query.shape
     assert first.dtype == torch.int64
     assert counts.dtype == lengths.dtype == page_table.dtype == torch.int32
     assert page_table.stride(1) == 1
+    assert query.dtype == out.dtype
     assert query.stride()[1:] == out.stride()[1:]
     assert out.is_contiguous()
-    _attention_function("prefill", pool.dtype)(
+    _attention_function("prefill")(
         page_table.data_ptr(),
         page_table.stride(0),
         first.data_ptr(),
         counts.data_ptr(),
         lengths.data_ptr(),
         len(lengths),
+        _KINDS[pool.dtype],
         pool.data_ptr(),
         pool.shape[2],
         width,
+        _is_half(query),
         query.data_ptr(),
         query.stride(0),
         kv_heads,
@@ -135,15 +162,15 @@ def prefill_attention(
 
 
 @cache
-def _attention_function(kind: str, dtype: torch.dtype) -> Any:
+def _attention_function(kind: str) -> Any:
     """Every layer of every step calls it: arguments must not cost more than work."""
-    function = getattr(library(), f"{kind}_attention_{_name(dtype)}")
+    function = getattr(library(), f"{kind}_attention")
     array, number = ctypes.c_void_p, ctypes.c_int64
     # Arrays by row, and later sizes of the queries: as many of the one as of the other.
     count = {"decode": 1, "prefill": 3}[kind]
     function.argtypes = [array, number, *[array] * count, number]
-    function.argtypes += [array, number, number]
-    function.argtypes += [array, *[number] * count, ctypes.c_float, array]
+    function.argtypes += [number, array, number, number]
+    function.argtypes += [number, array, *[number] * count, ctypes.c_float, array]
     function.restype = None
     return function
 
@@ -174,15 +201,15 @@ def add_row_attention(
     """As ``statistics.add_row_attention``, on the pages themselves.
 
     Args:
-        query: ``[R, G, d]``, of the pool's type, which is bfloat16 or float32.
-        pool: ``[num_pages, 2, page_size * d]``, keys first.
+        query: ``[R, G, d]``, float32 or bfloat16.
+        pool: as of :func:`decode_attention`.
         places: Where the keys of a page have number ``d`` of token ``t``,
             ``[d, page_size]`` int32; ``None`` where they are ``[d, page_size]``.
     """
     group, width = query.shape[1:]
-    name = f"add_row_attention_{_name(pool.dtype)}"
-    rows = _rows(cached)
-    _call(name, *rows, pool, places, width, query.contiguous(), group, scale, mass)
+    pages = _KINDS[pool.dtype], pool, places, width
+    queries = _is_half(query), query.contiguous(), group
+    _call("add_row_attention", *_rows(cached), *pages, *queries, scale, mass)
 
 
 def lightest_slots(
@@ -255,6 +282,11 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_half(query: Tensor) -> int:
+    assert query.dtype in _MODEL_TYPES
+    return int(query.dtype == torch.bfloat16)
 
 
 def _rows(cached: CachedRows) -> tuple[Tensor | int, ...]:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "numbers.h"
 #include "pages.h"
 
 namespace {
@@ -30,15 +31,15 @@ struct Tile {
 };
 
 // Values of tokens that lie one behind the other.
-template <class Number> struct Run {
-    const Number *values;
+template <class Page> struct Run {
+    const Page *values;
     int64_t count;
 };
 
 // Multiply ROWS queries [ROWS, width] with PANEL tokens' keys, `stride` apart.
-template <class Number>
+template <class Page>
 inline void multiply(
-    const float *queries, const Number *keys, int64_t width, int64_t stride,
+    const float *queries, const Page *keys, int64_t width, int64_t stride,
     float *logits) {
     Pair sum[ROWS] = {};
     for (int64_t d = 0; d < width; ++d) {
@@ -52,13 +53,13 @@ inline void multiply(
     }
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
-        store(logits + row * BLOCK, ordered(Number{}, sum[row]));
+        store(logits + row * BLOCK, ordered(Page{}, sum[row]));
 }
 
 // Add PANEL dimensions of the runs' values, weighted, to ROWS sums `width` apart.
-template <class Number>
+template <class Page>
 inline void accumulate(
-    const float *weights, const Run<Number> *runs, int64_t count, int64_t width,
+    const float *weights, const Run<Page> *runs, int64_t count, int64_t width,
     int64_t dimension, float *sums) {
     Pair sum[ROWS];
 #pragma GCC unroll 16
@@ -66,7 +67,7 @@ inline void accumulate(
         sum[row] = {
             vector_at(sums + row * width), vector_at(sums + row * width + LANES)};
     for (int64_t run = 0; run < count; ++run) {
-        const Number *values = runs[run].values + dimension;
+        const Page *values = runs[run].values + dimension;
         for (int64_t token = 0; token < runs[run].count; ++token) {
             const Pair value = load(values + token * width);
 #pragma GCC unroll 16
@@ -91,27 +92,26 @@ struct Row {
 
 // Where the (query, head) pairs of a row lie: queries `stride` apart, a query's heads one
 // behind the other.
-template <class Number> struct Pairs {
-    Number *first;
+struct Pairs {
+    Numbers first;
     int64_t stride, group, width;
 
-    Number *at(int64_t query, int64_t pair) const {
-        return first + (query + pair / group) * stride + pair % group * width;
+    Numbers at(int64_t query, int64_t pair) const {
+        return first.from((query + pair / group) * stride + pair % group * width);
     }
 };
 
 // The online softmax of a tile.
-template <class Number> class Attention {
+template <class Page> class Attention {
   public:
-    Attention(const Pool<Number> &pool, int64_t group, float factor)
+    Attention(const Pool<Page> &pool, int64_t group, float factor)
         : pool_(pool), group_(group), factor_(factor),
           most_((std::max(MOST_PAIRS, group) + ROWS - 1) / ROWS * ROWS),
           queries_(most_ * pool.width), sums_(most_ * pool.width), peaks_(most_),
           masses_(most_), logits_(ROWS * BLOCK) {}
 
     void run(
-        const Row &row, const Tile &tile, const Pairs<const Number> &query,
-        const Pairs<Number> &out) {
+        const Row &row, const Tile &tile, const Pairs &query, const Pairs &out) {
         const int64_t pairs = (tile.last - tile.first) * group_;
         const int64_t padded = (pairs + ROWS - 1) / ROWS * ROWS;
         start(query, tile.first, pairs, padded);
@@ -132,13 +132,12 @@ template <class Number> class Attention {
     }
 
   private:
-    void start(
-        const Pairs<const Number> &query, int64_t first, int64_t pairs, int64_t padded) {
+    void start(const Pairs &query, int64_t first, int64_t pairs, int64_t padded) {
         const int64_t width = pool_.width;
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            const Number *own = query.at(first, pair);
+            const Numbers own = query.at(first, pair);
             for (int64_t d = 0; d < width; ++d)
-                queries_[pair * width + d] = to_float(own[d]) * factor_;
+                queries_[pair * width + d] = own.get(d) * factor_;
         }
         std::fill(queries_ + pairs * width, queries_ + padded * width, 0.0f);
         std::fill(sums_ + 0, sums_ + padded * width, 0.0f);
@@ -159,11 +158,15 @@ template <class Number> class Attention {
                 logits_ + token);
         }
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
+        if (is_scaled<Page>)
+            apply_scales(pool_, true, pages, first, padded, ROWS, BLOCK, logits_);
         for (int row = 0; row < ROWS; ++row) {
             const int64_t later = (pair + row) / group_ - pair / group_;
             soften(logits_ + row * BLOCK, std::min(count, seen + later), padded, pair + row);
         }
-        Run<Number> runs[BLOCK / PANEL + 1];
+        if (is_scaled<Page>)
+            apply_scales(pool_, false, pages, first, count, ROWS, BLOCK, logits_);
+        Run<Page> runs[BLOCK / PANEL + 1];
         int64_t used = 0;
         for (int64_t token = 0; token < count; token += runs[used++].count) {
             const int64_t at = first + token, offset = at % size;
@@ -199,23 +202,23 @@ template <class Number> class Attention {
         masses_[pair] += total(drawn);
     }
 
-    void finish(const Pairs<Number> &out, int64_t first, int64_t pairs) {
+    void finish(const Pairs &out, int64_t first, int64_t pairs) {
         const int64_t width = pool_.width;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const float factor = masses_[pair] > 0 ? 1 / masses_[pair] : 0;
             float *const sums = sums_ + pair * width;
-            Number *own = out.at(first, pair);
+            const Numbers own = out.at(first, pair);
             for (int64_t d = 0; d < width; d += PANEL) {
                 const Pair both = {
                     vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
-                store(sums + d, ordered(Number{}, both));
+                store(sums + d, ordered(Page{}, both));
             }
             for (int64_t d = 0; d < width; ++d)
-                own[d] = rounded<Number>(sums[d]);
+                own.put(d, sums[d]);
         }
     }
 
-    const Pool<Number> pool_;
+    const Pool<Page> pool_;
     const int64_t group_;
     const float factor_;
     const int64_t most_;
@@ -230,29 +233,28 @@ void cut(int64_t row, int64_t count, int64_t group, std::vector<Tile> &tiles) {
         tiles.push_back({row, count * part / parts, count * (part + 1) / parts});
 }
 
-// All of a call's arguments; see below.
-template <class Number> struct Call {
+// Rows of queries; see below.
+struct Rows {
     const int32_t *table;
     int64_t table_stride;
     const int64_t *first;
     const int32_t *counts, *lengths;
     int64_t rows;
-    Pool<Number> pool;
-    const Number *query;
+    Numbers query;
     int64_t query_stride, kv_heads, group;
     float scale;
-    Number *out;
+    Numbers out;
 };
 
-template <class Number> void prefill(const Call<Number> &call) {
+template <class Page> void prefill(const Rows &call, const Pool<Page> &pool) {
     std::vector<Tile> tiles;
     for (int64_t row = 0; row < call.rows; ++row)
         cut(row, call.counts[row], call.group, tiles);
-    const int64_t width = call.pool.width, group = call.group;
+    const int64_t width = pool.width, group = call.group;
     const int64_t out_stride = call.kv_heads * group * width;
 #pragma omp parallel
     {
-        Attention<Number> attention(call.pool, group, call.scale * LOG2_E);
+        Attention<Page> attention(pool, group, call.scale * LOG2_E);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tiles.size(); ++i) {
             const int64_t row = tiles[i].row;
@@ -262,38 +264,27 @@ template <class Number> void prefill(const Call<Number> &call) {
                 {call.counts[row], call.lengths[row],
                  call.table + row * call.table_stride},
                 tiles[i],
-                {call.query + token * call.query_stride + head, call.query_stride, group,
-                 width},
-                {call.out + token * out_stride + head, out_stride, group, width});
+                {call.query.from(token * call.query_stride + head), call.query_stride,
+                 group, width},
+                {call.out.from(token * out_stride + head), out_stride, group, width});
         }
     }
 }
 
 } // namespace
 
-// The pool and the page table are those of decode attention. Queries and `out` are
-// [tokens, kv_heads, group, width], the queries' tokens `query_stride` numbers apart. Row r
-// has counts[r] queries, from (token, KV head) number first[r] on. Its last query sees
-// lengths[r] keys, and each query before it one less.
-extern "C" {
-
-void prefill_attention_float32(
+// Queries and `out` are [tokens, kv_heads, group, width], bfloat16 or float32, the
+// queries' tokens `query_stride` numbers apart. Row r has counts[r] queries, from (token,
+// KV head) number first[r] on. Its last query sees lengths[r] keys, and each query before
+// it one less.
+extern "C" void prefill_attention(
     const int32_t *table, int64_t table_stride, const int64_t *first,
-    const int32_t *counts, const int32_t *lengths, int64_t rows, const float *pool,
-    int64_t page_size, int64_t width, const float *query, int64_t query_stride,
-    int64_t kv_heads, int64_t group, float scale, float *out) {
-    prefill<float>(
-        {table, table_stride, first, counts, lengths, rows, {pool, page_size, width},
-         query, query_stride, kv_heads, group, scale, out});
-}
-
-void prefill_attention_bfloat16(
-    const int32_t *table, int64_t table_stride, const int64_t *first,
-    const int32_t *counts, const int32_t *lengths, int64_t rows, const uint16_t *pool,
-    int64_t page_size, int64_t width, const uint16_t *query, int64_t query_stride,
-    int64_t kv_heads, int64_t group, float scale, uint16_t *out) {
-    prefill<uint16_t>(
-        {table, table_stride, first, counts, lengths, rows, {pool, page_size, width},
-         query, query_stride, kv_heads, group, scale, out});
-}
+    const int32_t *counts, const int32_t *lengths, int64_t rows, int64_t kind, void *pool,
+    int64_t page_size, int64_t width, int64_t is_half, const void *query,
+    int64_t query_stride, int64_t kv_heads, int64_t group, float scale, void *out) {
+    const Rows call{table, table_stride, first, counts, lengths, rows, {query, is_half},
+                    query_stride, kv_heads, group, scale, {out, is_half}};
+    with_pool(kind, pool, page_size, width, [&](const auto &pages) {
+        prefill(call, pages);
+    });
 }

@@ -58,14 +58,10 @@ inline float to_float(uint16_t bfloat16) {
     return number;
 }
 
-template <class Number> inline Number rounded(float number);
-
-template <> inline float rounded<float>(float number) { return number; }
-
-template <> inline uint16_t rounded<uint16_t>(float number) {
+// The bfloat16 that is nearest; ties to even.
+inline uint16_t rounded(float number) {
     uint32_t bits;
     std::memcpy(&bits, &number, sizeof bits);
-    // To nearest, ties to even.
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

@@ -83,7 +83,12 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "--tensor-parallel-size=6: tiny-gqa has 2 KV heads, and policy h2o",
         ),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size=2"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype=fp8"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype=fp8: head pages have a scale"),
+        (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype=nvfp4: head pages hold"),
+        (
+            ["--kv-cache-dtype", "float16", "--dtype", "float32"],
+            "--kv-cache-dtype=float16: cannot hold what a model in float32 caches",
+        ),
         (["--block-size", "48"], "--block-size=48"),
         (
             ["--kv-transfer-config", '{"kv_connector": "X", "kv_role": "kv_both"}'],

@@ -47,7 +47,8 @@ class DenseLlama(MaskedLlama):
             )
             for which in ("q", "k", "v")
         )
-        query, key = self._rotate(query), self._rotate(key)
+        query, key = self._rotate(query), self._cached(self._rotate(key))
+        value = self._cached(value)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         scale = shape.head_size**-0.5
         whole = softmax_rows(query[:, :prompt], key[:, :prompt], scale)

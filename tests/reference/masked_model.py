@@ -10,7 +10,7 @@ blocks ``i - w + 1 .. i``, causally; a full head sees everything.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,16 @@ class LlamaShape:
 
 
 class MaskedLlama:
-    """The model in a directory of ``config.json`` and ``*.safetensors``."""
+    """The model in a directory of ``config.json`` and ``*.safetensors``.
 
-    def __init__(self, path: Path | str) -> None:
+    ``cached`` is what a cache makes of keys and values, ``[tokens, heads, d]``.
+    """
+
+    def __init__(
+        self, path: Path | str, cached: Callable[[Tensor], Tensor] = lambda whole: whole
+    ) -> None:
         directory = Path(path)
+        self._cached = cached
         self.shape = LlamaShape.from_config(
             json.loads((directory / "config.json").read_text())
         )
@@ -126,7 +132,8 @@ class MaskedLlama:
             )
             for which in ("k", "v")
         )
-        query, key = self._rotate(query), self._rotate(key)
+        query, key = self._rotate(query), self._cached(self._rotate(key))
+        value = self._cached(value)
         group = shape.num_query_heads // shape.num_kv_heads
         outputs = []
         for head in range(shape.num_query_heads):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kvserve.kernels import native
+from kvserve.kernels.page_formats import FORMATS
+from tests.unit.strewn_pages import STORED, put_on_page, trapped_pool
 
 pytestmark = pytest.mark.skipif(
     not native.can_attend(torch.float32, 64, 32), reason="needs a C++ compiler"
@@ -25,29 +27,31 @@ def attend(
     width: int = 64,
     page_size: int = 32,
     loudness: float = 1.0,
+    stored: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel on strewn pages; all that no row may read is NaN or page -1."""
+    kind = STORED[stored or str(dtype).removeprefix("torch.")]
     counts = [-(-length // page_size) for length in lengths]
-    pool = torch.full((sum(counts) + 1, 1, page_size, 2 * width), torch.nan).to(dtype)
+    pool = trapped_pool(kind, sum(counts) + 1, page_size, width)
     table = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
     free = iter((torch.randperm(sum(counts)) + 1).tolist())
     query = (loudness * torch.randn(len(lengths), group, width)).to(dtype)
     wanted = torch.zeros(query.shape, dtype=torch.float64)
     for row, length in enumerate(lengths):
         keys, values = torch.randn(2, length, width).to(dtype)
+        seen = []
         for place, first in enumerate(range(0, length, page_size)):
             table[row, place] = page = next(free)
             own = slice(first, first + page_size)
-            count = len(keys[own])
-            halves = pool[page].view(2, -1)
-            halves[0].view(width, page_size)[:, :count] = keys[own].T
-            halves[1].view(page_size, width)[:count] = values[own]
+            seen.append(put_on_page(kind, pool[page], keys[own], values[own]))
         if length:
-            logits = query[row].double() @ keys.double().T * width**-0.5
-            wanted[row] = logits.softmax(-1) @ values.double()
+            whole = [torch.cat(part).double() for part in zip(*seen, strict=True)]
+            logits = query[row].double() @ whole[0].T * width**-0.5
+            wanted[row] = logits.softmax(-1) @ whole[1]
     out = torch.full_like(query, torch.nan)
-    seen = torch.tensor(lengths, dtype=torch.int32)
-    native.decode_attention(query, pool, seen, table, width**-0.5, out)
+    native.decode_attention(
+        query, pool, torch.tensor(lengths).int(), table, width**-0.5, out
+    )
     return out.double(), wanted
 
 
@@ -71,6 +75,17 @@ def test_groups_and_widths(dtype: torch.dtype, group: int, width: int) -> None:
 def test_page_sizes(dtype: torch.dtype, page_size: int) -> None:
     torch.manual_seed(page_size)
     assert worst_error(*attend(LENGTHS, dtype, page_size=page_size)) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize(("group", "page_size"), [(1, 32), (3, 32), (4, 64), (9, 128)])
+def test_pages_of_another_type(
+    dtype: torch.dtype, stored: str, group: int, page_size: int
+) -> None:
+    torch.manual_seed(group)
+    found = attend(LENGTHS, dtype, group, page_size=page_size, stored=stored)
+    assert worst_error(*found) < ERROR[dtype]
 
 
 def test_scores_that_are_far_apart() -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kvserve.kernels import native
+from kvserve.kernels.page_formats import FORMATS
+from tests.unit.strewn_pages import STORED, put_on_page, trapped_pool
 
 pytestmark = pytest.mark.skipif(
     not native.can_attend(torch.float32, 64, 32), reason="needs a C++ compiler"
@@ -27,12 +29,14 @@ def attend(
     page_size: int = 32,
     loudness: float = 1.0,
     kv_heads: int = 2,
+    stored: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run every (row, KV head) on strewn pages; nobody may read NaN or page -1."""
+    kind = STORED[stored or str(dtype).removeprefix("torch.")]
     tokens, heads = sum(count for count, _ in rows), kv_heads * group
     counts = [-(-length // page_size) for _, length in rows]
     total = sum(counts) * kv_heads
-    pool = torch.full((total + 1, 1, page_size, 2 * width), torch.nan).to(dtype)
+    pool = trapped_pool(kind, total + 1, page_size, width)
     shape = kv_heads * len(rows), max(counts) + 1
     table = torch.full(shape, -1, dtype=torch.int32)
     free = iter((torch.randperm(total) + 1).tolist())
@@ -43,18 +47,17 @@ def attend(
         token, own_heads = 0, slice(head * group, (head + 1) * group)
         for count, length in rows:
             keys, values = torch.randn(2, length, width).to(dtype)
+            seen = []
             for place, first in enumerate(range(0, length, page_size)):
                 table[len(starts), place] = page = next(free)
                 own = slice(first, first + page_size)
-                held = len(keys[own])
-                halves = pool[page].view(2, -1)
-                halves[0].view(width, page_size)[:, :held] = keys[own].T
-                halves[1].view(page_size, width)[:held] = values[own]
+                seen.append(put_on_page(kind, pool[page], keys[own], values[own]))
+            whole = [torch.cat(part).double() for part in zip(*seen, strict=True)]
             asked = query[token : token + count, own_heads].double()
-            logits = torch.einsum("qgd,kd->gqk", asked, keys.double()) * width**-0.5
+            logits = torch.einsum("qgd,kd->gqk", asked, whole[0]) * width**-0.5
             hidden = torch.ones(count, length).triu(length - count + 1).bool()
             weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-            found = torch.einsum("gqk,kd->qgd", weights, values.double())
+            found = torch.einsum("gqk,kd->qgd", weights, whole[1])
             wanted[token : token + count, own_heads] = found
             starts.append(token * kv_heads + head)
             token += count
@@ -86,6 +89,17 @@ def test_groups_and_widths(dtype: torch.dtype, group: int, width: int) -> None:
 def test_page_sizes(dtype: torch.dtype, page_size: int) -> None:
     torch.manual_seed(page_size)
     found = attend(ROWS, dtype, page_size=page_size)
+    assert worst_error(*found) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize(("group", "page_size"), [(1, 32), (3, 32), (7, 64)])
+def test_pages_of_another_type(
+    dtype: torch.dtype, stored: str, group: int, page_size: int
+) -> None:
+    torch.manual_seed(group)
+    found = attend(ROWS, dtype, group, page_size=page_size, stored=stored)
     assert worst_error(*found) < ERROR[dtype]
 
 
