@@ -6,24 +6,38 @@ have pages of their own and run one after the other, as in a model, so that what
 not fit the cache comes from memory. The bound is bytes of keys and values over the
 read rate of the same minute. ``benchmarks.gpu_rows`` times the Triton kernels.
 
-    python -m benchmarks.attention --kept 512 4096 --requests 1 16
+    python -m benchmarks.attention --kept 512 4096 --requests 1 16 \
+      --pages auto int8_per_token_head
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
+from kvserve.engine.hardware import cpu_kernels
+from kvserve.engine.rows import RowShapes
+from kvserve.kernels.huge_pages import use_huge_pages
+from kvserve.kernels.page_formats import FORMATS, INT8
+from kvserve.processor import default_dtype
 
+OWN, STOCK, BYTE = "auto", "stock", "byte"
 LAYERS = 30
 PAGE, STOCK_BLOCK = 32, 128
 READ_BYTES = 1 << 30
+WRITTEN_PAGES = 4096
 MOST_BYTES = 1 << 30
 
 Pass = Callable[[], None]
@@ -37,6 +51,7 @@ class Case:
         requests: requests of one query token each.
         kept: tokens in every KV head of each.
         heads, group, size: KV heads, query heads of each, and their width.
+        dtype: of the queries, and of stock vLLM's cache.
     """
 
     requests: int
@@ -44,20 +59,23 @@ class Case:
     heads: int
     group: int
     size: int
+    dtype: torch.dtype
 
     @property
     def rows(self) -> int:
         return self.requests * self.heads
 
-    @property
-    def bytes(self) -> int:
-        """Keys and values of a layer, in two-byte numbers."""
-        return self.rows * self.kept * self.size * 2 * 2
+    def bytes(self, pages: str = OWN) -> int:
+        """Keys and values of a layer, with scales, in pages of a type."""
+        token = 2 * self.size * self.dtype.itemsize
+        if pages != OWN:
+            token = FORMATS[pages].token_bytes(self.size)
+        return self.rows * self.kept * token
 
     @property
     def layers(self) -> int:
         """As many as memory allows, at most those of the embedded model."""
-        return max(1, min(LAYERS, MOST_BYTES // self.bytes))
+        return max(1, min(LAYERS, MOST_BYTES // self.bytes()))
 
 
 def pages_of(rows: int, kept: int, page: int, layers: int) -> list[torch.Tensor]:
@@ -67,20 +85,27 @@ def pages_of(rows: int, kept: int, page: int, layers: int) -> list[torch.Tensor]
     return list(ids.view(layers, rows, width).unbind())
 
 
-def head_pages(case: Case) -> Pass:
+def head_pages(case: Case, pages: str) -> Pass:
     """One pass over all layers with the kernels as kvserve calls them."""
-    import numpy as np
-
-    from kvserve.engine.device import CPUDevice
-    from kvserve.engine.rows import RowShapes
-
-    device = CPUDevice(torch.bfloat16, case.group, case.size, PAGE)
+    page_format = None if pages == OWN else FORMATS[pages]
+    device = cpu_kernels(page_format, case.dtype, case.group, case.size, PAGE)
     tables = pages_of(case.rows, case.kept, PAGE, case.layers)
-    pool = torch.randn(sum(map(torch.numel, tables)), 1, PAGE, 2 * case.size).bfloat16()
+    shape = sum(map(torch.numel, tables)), 1, PAGE
+    width, dtype = 2 * case.size, case.dtype
+    if page_format:
+        width = page_format.token_bytes(case.size) // page_format.pool.itemsize
+        dtype = page_format.pool
+    pool = torch.empty(*shape, width, dtype=dtype)
+    use_huge_pages(pool)
+    for first in range(0, shape[0], WRITTEN_PAGES):
+        slots = torch.arange(first, min(first + WRITTEN_PAGES, shape[0]))
+        slots = (slots[:, None] * PAGE + torch.arange(PAGE)).flatten()
+        tokens = torch.randn(len(slots), case.size).to(case.dtype)
+        device.write(tokens, tokens, pool, slots)
     starts = np.arange(case.rows + 1, dtype=np.int32)
     lengths = np.full(case.rows, case.kept, dtype=np.int32)
     rows = device.plan_rows(RowShapes(case.rows, starts, lengths, np.arange(case.rows)))
-    query = torch.randn(case.rows, case.group, case.size).bfloat16()
+    query = torch.randn(case.rows, case.group, case.size).to(case.dtype)
     out, scale = torch.empty_like(query), case.size**-0.5
 
     def run() -> None:
@@ -92,12 +117,10 @@ def head_pages(case: Case) -> Pass:
 
 def stock(case: Case) -> Pass:
     """The same with vLLM's own blocks: all KV heads of a token in one."""
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
     tables = pages_of(case.requests, case.kept, STOCK_BLOCK, case.layers)
     blocks = sum(map(torch.numel, tables))
-    pool = torch.randn(2, blocks, case.heads, STOCK_BLOCK, case.size).bfloat16()
+    shape = 2, blocks, case.heads, STOCK_BLOCK, case.size
+    pool = torch.randn(shape).to(case.dtype)
     keys, values = pool.unbind()
     starts = torch.arange(case.requests + 1, dtype=torch.int32)
     lengths = torch.full((case.requests,), case.kept, dtype=torch.int32)
@@ -107,14 +130,16 @@ def stock(case: Case) -> Pass:
         num_kv_heads=case.heads,
         head_dim=case.size,
         seq_lens=lengths,
-        dtype=torch.bfloat16,
+        dtype=case.dtype,
         query_start_loc=starts,
         causal=True,
         sliding_window_size=-1,
-        isa=_get_attn_isa(torch.bfloat16, STOCK_BLOCK, case.size, "auto"),
+        isa=_get_attn_isa(case.dtype, STOCK_BLOCK, case.size, "auto"),
         enable_kv_split=True,
     )
-    query = torch.randn(case.requests, case.heads * case.group, case.size).bfloat16()
+    query = torch.randn(case.requests, case.heads * case.group, case.size).to(
+        case.dtype
+    )
     out, scale = torch.empty_like(query), case.size**-0.5
 
     def run() -> None:
@@ -145,15 +170,16 @@ def seconds(run: Pass) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, rounds: int, read: Pass) -> dict[str, list[float]]:
-    """Time a layer with each kernel, and a read of as many bytes, in turns."""
-    runs = {"kvserve": head_pages(case), "stock": stock(case)}
-    found: dict[str, list[float]] = {name: [] for name in (*runs, "bound")}
+def measure(
+    case: Case, pages: list[str], rounds: int, read: Pass
+) -> dict[str, list[float]]:
+    """Time a layer with each kernel, and a read of a byte, in turns."""
+    runs = {name: head_pages(case, name) for name in pages} | {STOCK: stock(case)}
+    found: dict[str, list[float]] = {name: [] for name in (*runs, BYTE)}
     for number in range(rounds + 1):
-        read_seconds = seconds(read) * case.bytes / READ_BYTES
         timed = {name: seconds(run) / case.layers for name, run in runs.items()}
+        timed[BYTE] = seconds(read) / READ_BYTES
         if number:  # the first warms up
-            found["bound"].append(read_seconds)
             for name, value in timed.items():
                 found[name].append(value)
     return found
@@ -193,32 +219,45 @@ def on_cpu(options: list[str]) -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--group", type=int, default=3)
     parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--dtype", default=default_dtype())
+    parser.add_argument("--pages", nargs="+", default=[OWN, INT8.name], metavar="TYPE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(options)
     read, report = reader(), Report("attention")
     table = Table(
         f"Decode attention of a layer, {args.heads} KV heads x {args.group} queries x "
-        f"{args.head_size}, bfloat16",
-        ["rows", "kept", "MiB", "kvserve us", "over the bound", "over stock"],
+        f"{args.head_size}, {args.dtype}",
+        ["rows", "kept", "pages", "MiB", "us", "over the bound", "over stock"],
     )
-    for requests in args.requests:
-        for kept in args.kept:
-            case = Case(requests, kept, args.heads, args.group, args.head_size)
-            found = measure(case, args.rounds, read)
+    curves: dict[str, dict[float, list[float]]] = defaultdict(dict)
+    shape = args.heads, args.group, args.head_size, getattr(torch, args.dtype)
+    for requests, kept in itertools.product(args.requests, args.kept):
+        case = Case(requests, kept, *shape)
+        found = measure(case, args.pages, args.rounds, read)
+        report.numbers[f"{requests}x{kept}"] = found
+        for name in args.pages:
+            times, held = found[name], case.bytes(name)
+            bound = [byte * held for byte in found[BYTE]]
             table.rows.append(
                 [
                     str(case.rows),
                     str(kept),
-                    f"{case.bytes / 2**20:.2f}",
-                    Spread.of(found["kvserve"]).shown(1e6, 0),
-                    f"{median_ratio(found['kvserve'], found['bound']):.2f}",
-                    f"{median_ratio(found['kvserve'], found['stock']):.2f}",
+                    name,
+                    f"{held / 2**20:.2f}",
+                    Spread.of(times).shown(1e6, 0),
+                    f"{median_ratio(times, bound):.2f}",
+                    f"{median_ratio(times, found[STOCK]):.2f}",
                 ]
             )
-            report.numbers[f"{requests}x{kept}"] = found
+            curves[f"{name}, {case.rows} rows"][kept] = [
+                one / other for one, other in zip(times, found[STOCK], strict=True)
+            ]
     report.tables.append(table)
     report.write(args.out)
+    picture = args.out / "attention.png"
+    title = "decode attention of a layer"
+    draw_curves(curves, picture, title, "kept tokens", "time over stock vLLM's")
 
 
 if __name__ == "__main__":

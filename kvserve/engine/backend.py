@@ -113,7 +113,9 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             )
         dtype = cast(torch.dtype, self.vllm_config.model_config.dtype)
         page_format = page_format_of(self.vllm_config)
-        kernels = hardware.cpu_kernels(spec, page_format, dtype, group_size)
+        kernels = hardware.cpu_kernels(
+            page_format, dtype, group_size, spec.head_size, spec.block_size
+        )
         return kernels, HostStaging(kernels)
 
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:

@@ -58,13 +58,14 @@ def dense_tables_class() -> type[DenseTables]:
 
 
 def cpu_kernels(
-    spec: HeadPagedSpec,
     page_format: PageFormat | None,
     dtype: torch.dtype,
     group_size: int,
+    head_size: int,
+    page_size: int,
 ) -> CPUDevice:
-    """Make what writes pages of a format, or of the model's type, and reads them."""
-    shape = dtype, group_size, spec.head_size, spec.block_size
+    """Make what writes and reads pages of a format, or of the model's ``dtype``."""
+    shape = dtype, group_size, head_size, page_size
     if page_format is None:
         return CPUDevice(*shape)
     return ConvertingCPUDevice(page_format, *shape)

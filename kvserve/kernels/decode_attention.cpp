@@ -50,6 +50,13 @@ template <int heads> constexpr int panels() {
     return heads * most * 2 + 3 < REGISTERS ? most : 1;
 }
 
+// Fetch some numbers into the cache, by lines of 64 bytes.
+template <int64_t count, class Page> inline void fetch(const Page *numbers) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Page))
+        __builtin_prefetch(numbers + i);
+}
+
 // Multiply `heads` queries [width, HEADS] with the keys of some panels of tokens,
 // `stride` apart, and fetch the keys that are `ahead`.
 template <int heads, class Page>
@@ -59,18 +66,16 @@ void multiply(
     constexpr int count = panels<heads>();
     Pair sum[count][heads] = {};
     for (int64_t d = 0; d < width; ++d) {
-        __builtin_prefetch(ahead + d * stride);
-        Pair key[count];
+        fetch<count * PANEL>(ahead + d * stride);
 #pragma GCC unroll 4
-        for (int panel = 0; panel < count; ++panel)
-            key[panel] = load(keys + d * stride + panel * PANEL);
+        for (int panel = 0; panel < count; ++panel) {
+            const Pair key = load(keys + d * stride + panel * PANEL);
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; ++head)
-#pragma GCC unroll 4
-            for (int panel = 0; panel < count; ++panel) {
-                sum[panel][head].first += query[d * HEADS + head] * key[panel].first;
-                sum[panel][head].second += query[d * HEADS + head] * key[panel].second;
+            for (int head = 0; head < heads; ++head) {
+                sum[panel][head].first += query[d * HEADS + head] * key.first;
+                sum[panel][head].second += query[d * HEADS + head] * key.second;
             }
+        }
     }
     for (int head = 0; head < heads; ++head)
         for (int panel = 0; panel < count; ++panel)
@@ -93,18 +98,15 @@ void accumulate(
             sum[panel][head] = {vector_at(own), vector_at(own + LANES)};
         }
     for (int64_t token = 0; token < count; ++token) {
-        __builtin_prefetch(ahead + token * width);
-        Pair value[parts];
+        fetch<parts * PANEL>(ahead + token * width);
 #pragma GCC unroll 4
-        for (int panel = 0; panel < parts; ++panel)
-            value[panel] = load(values + token * width + panel * PANEL);
+        for (int panel = 0; panel < parts; ++panel) {
+            const Pair value = load(values + token * width + panel * PANEL);
 #pragma GCC unroll 4
-        for (int head = 0; head < heads; ++head) {
-            const float weight = weights[head * TOKENS + token];
-#pragma GCC unroll 4
-            for (int panel = 0; panel < parts; ++panel) {
-                sum[panel][head].first += weight * value[panel].first;
-                sum[panel][head].second += weight * value[panel].second;
+            for (int head = 0; head < heads; ++head) {
+                const float weight = weights[head * TOKENS + token];
+                sum[panel][head].first += weight * value.first;
+                sum[panel][head].second += weight * value.second;
             }
         }
     }

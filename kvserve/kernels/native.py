@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +41,7 @@ _HEADERS = [_FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h")]
 _MODEL_TYPES = (torch.float32, torch.bfloat16)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 """``pages.h``'s ``Kind`` of what a pool's pages hold; bytes are those of e4m3."""
-_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
 _CPU_FEATURES = ("flags", "Features")
 """What Linux calls the line, on x86 and on Arm."""
 
@@ -256,10 +257,26 @@ def _compiled(compiler: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=target.parent) as folder:
         made = Path(folder) / name
-        command = [*compiler.split(), *_FLAGS, "-o", str(made), *map(str, _SOURCES)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        _compile(compiler, made)
         made.replace(target)
     return target
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Compile each source for itself, all at once, and link them."""
+    compile_one = [*compiler.split(), *_FLAGS]
+    objects = [target.with_name(f"{source.stem}.o") for source in _SOURCES]
+    commands = [
+        [*compile_one, "-c", "-o", str(made), str(source)]
+        for source, made in zip(_SOURCES, objects, strict=True)
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_run, commands))
+    _run([*compile_one, "-shared", "-o", str(target), *map(str, objects)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _cpu() -> str:

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -77,27 +77,36 @@ inline Pair load(const float *place) {
     return both;
 }
 
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-
 inline Floats vector_of(const Int8 *place) {
-    Bytes bytes;
-    std::memcpy(&bytes, place, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(place));
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(place));
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+    Floats numbers;
+    for (int lane = 0; lane < LANES; ++lane)
+        numbers[lane] = place[lane];
+    return numbers;
+#endif
 }
 
 inline Floats vector_of(const Float8 *place) {
-#if defined(__F16C__) && (defined(__AVX512F__) || defined(__AVX2__))
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    typedef uint8_t Octets __attribute__((vector_size(LANES)));
-    Octets bytes;
-    std::memcpy(&bytes, place, sizeof bytes);
-    const Halves wide = __builtin_convertvector(bytes, Halves);
-    const Halves half = (wide & 0x80) << 8 | (wide & 0x7f) << 7;
 #if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps((__m256i)half);
-#else
-    return (Floats)_mm256_cvtph_ps((__m128i)half);
-#endif
+    const __m256i wide = _mm256_cvtepu8_epi16(
+        _mm_loadu_si128(reinterpret_cast<const __m128i *>(place)));
+    const __m256i size = _mm256_slli_epi16(
+        _mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i sign = _mm256_slli_epi16(
+        _mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    return (Floats)_mm512_cvtph_ps(_mm256_or_si256(size, sign));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i wide = _mm_cvtepu8_epi16(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i *>(place)));
+    const __m128i size = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), 7);
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
+    return (Floats)_mm256_cvtph_ps(_mm_or_si128(size, sign));
 #else
     Floats numbers;
     for (int lane = 0; lane < LANES; ++lane)
