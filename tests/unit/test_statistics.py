@@ -83,7 +83,8 @@ def test_mass_of_a_long_row_of_large_logits_is_finite_and_adds_up(
     attention_mass: Mass, size: float
 ) -> None:
     random = torch.Generator().manual_seed(1)
-    query, key = torch.randn(3, 3, 64), torch.randn(1, 9000, 64, generator=random)
+    query = torch.randn(3, 3, 64, generator=random)
+    key = torch.randn(1, 9000, 64, generator=random)
     # A direction of its own lifts all logits far from 0, and leaves attention alone.
     query[..., 0], key[..., 0] = 1, size
     found = attention_mass(query, key, 1.0)
