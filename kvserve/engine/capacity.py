@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from vllm.config import VllmConfig
 
 from kvserve.engine.options import engine_options
 from kvserve.engine.preflight import check_start, page_bytes_of
-from kvserve.engine.serve import add_policy_arguments, choose_policy
+from kvserve.engine.serve import (
+    add_policy_arguments,
+    add_request_policies,
+    choose_policy,
+)
 from kvserve.engine.support import fits, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
@@ -63,12 +68,16 @@ def plan(argv: list[str]) -> int:
         help="what pages hold, e.g. int8_per_token_head (default: the model's type)",
     )
     add_policy_arguments(parser)
+    add_request_policies(parser)
     args = parser.parse_args(argv)
     memory = parse_bytes(args.kv_memory, "--kv-memory")
     model = resolve_model(args.model)
     settings = choose_policy(args.policy, args.policy_arg, model)
     if settings is None:
         raise UserError("--policy none: there is nothing to plan; try --policy full")
+    settings = dataclasses.replace(
+        settings, allow_request_policies=args.allow_request_policies
+    )
     options = engine_options(
         settings,
         {

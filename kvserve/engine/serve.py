@@ -78,8 +78,8 @@ def _add_cuda_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_request_policies(parser: argparse.ArgumentParser) -> None:
-    """Add ``--allow-request-policies``, which only a server needs."""
+def add_request_policies(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-request-policies``, which servers and their plans know."""
     group = parser.add_argument_group("kvserve requests", "A policy per request")
     group.add_argument(
         "--allow-request-policies",
@@ -135,7 +135,7 @@ def serve(argv: list[str]) -> int:
     parser = make_arg_parser(parser)
     add_policy_arguments(parser)
     _add_cuda_argument(parser)
-    _add_request_policies(parser)
+    add_request_policies(parser)
     add_http_arguments(parser)
     args = parser.parse_args(argv)
     HttpSettings.from_args(args)  # refuses flags before anything is loaded

@@ -15,7 +15,9 @@ from kvserve.engine.options import engine_options, prepare_environment
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
+from kvserve.units import format_bytes
 from tests.engine.conftest import Model
+from tests.engine.harness import PAGE
 
 pytestmark = pytest.mark.engine
 
@@ -250,6 +252,22 @@ def test_without_a_profile_the_default_policy_is_full_and_says_so(
     shown = capsys.readouterr().err
     assert "no profile ships" in shown
     assert "keep everything" in shown
+
+
+def test_plan_knows_what_pages_hold_and_what_requests_may_name(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "sink-recent"]
+    argv += ["--dtype", "float32", "--kv-memory", "64M"]
+    said = []
+    for own in ([], ["--kv-cache-dtype", "int8_per_token_head"]):
+        assert main([*argv, *own]) == 0
+        said.append(capsys.readouterr().out)
+    width = models["tiny-gqa"].shape.head_size
+    for shown, token in zip(said, (2 * width * 4, 2 * width + 8), strict=True):
+        assert f"of {format_bytes(PAGE * token)} pages" in shown
+    assert main([*argv, "--allow-request-policies"]) == 0
+    assert "name a policy of its own" in capsys.readouterr().err
 
 
 def test_plan_says_what_uneven_ranks_cost(capsys: pytest.CaptureFixture[str]) -> None:
