@@ -141,6 +141,13 @@ def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
     return FORMATS[asked]
 
 
+def pages_hold(vllm_config: VllmConfig) -> str:
+    """Name what pages hold, also where that is the model's own type."""
+    page_format = page_format_of(vllm_config)
+    own = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return page_format.name if page_format else own
+
+
 def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     """Pages that prefill needs beside what requests hold."""
     if isinstance(rule, DenseRule):

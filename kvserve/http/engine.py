@@ -17,7 +17,13 @@ from vllm.config import VllmConfig
 from kvserve.dense_plan import DenseRule
 from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.support import fits, model_shape_of, rule_of, scratch_of
+from kvserve.engine.support import (
+    fits,
+    model_shape_of,
+    pages_hold,
+    rule_of,
+    scratch_of,
+)
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
 from kvserve.stream_rule import StreamRule
 from policies.base import Policy
@@ -64,6 +70,7 @@ class ServedPolicy:
             ),
             page_tokens=self.rule.page_size,
             page_bytes=self.page_bytes,
+            kv_cache_dtype=pages_hold(self._config),
             scratch_pages=scratch_of(self._config, self.rule),
             budgets=self._budgets(context),
             profiles=self._profiles,

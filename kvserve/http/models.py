@@ -100,6 +100,11 @@ class PolicyBody(Body):
         default=None, description="Tokens of a page.", examples=[32]
     )
     page_bytes: int | None = Field(default=None, examples=[8192])
+    kv_cache_dtype: str | None = Field(
+        default=None,
+        description="What pages hold of a number.",
+        examples=["bfloat16", "int8_per_token_head"],
+    )
     scratch_pages: int | None = Field(
         default=None, description="Pages that prefill keeps for itself.", examples=[864]
     )

@@ -76,6 +76,9 @@ def test_the_policy_comes_with_its_budgets_and_where_they_come_from(
     assert set(retained) == {2048, 512}
     assert found.budgets.recent is not None
     assert [None, 480, 480] in found.budgets.recent
+    assert found.kv_cache_dtype is not None
+    width = {"float32": 4, "bfloat16": 2}[found.kv_cache_dtype]
+    assert found.page_bytes == PAGE * 2 * 64 * width
     assert found.profiles is not None
     (profile,) = found.profiles
     assert profile.facts["model"] == MODEL
