@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 
+_CORES = len(os.sched_getaffinity(0))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 _ENVIRONMENT = {
     # Scheduler and worker in this process: tests step them and look inside.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    # Tests that run side by side share the cores.
+    "OMP_NUM_THREADS": str(max(_CORES // _WORKERS, 1)),
     # Threads that spin for work take many times longer on cores that others share.
     "OMP_WAIT_POLICY": "passive",
     "TOKENIZERS_PARALLELISM": "false",
