@@ -24,7 +24,8 @@ from kvserve.units import format_bytes
 
 KV_MEMORY = 1 << 30
 SYSTEM_COLUMNS = ["engine", "TTFT cold ms", "TTFT of a hit ms", "of stock's hit"]
-SYSTEM_COLUMNS += ["all at once s", "tokens read", "pages held", "KV held", "of stock"]
+SYSTEM_COLUMNS += ["KV of one", "of stock"]
+SYSTEM_COLUMNS += ["all at once s", "tokens read", "KV of all", "of stock"]
 CHAT_COLUMNS = ["engine", "TTFT without ms", "TTFT with ms", "speed", "KV held"]
 CHAT_COLUMNS += ["of stock"]
 
@@ -36,12 +37,11 @@ class Load:
     Attributes:
         seconds: till the last reply was done.
         read: prompt tokens that were computed.
-        pages, bytes: held when most were.
+        bytes: held when most were.
     """
 
     seconds: float = 0.0
     read: int = 0
-    pages: int = 0
     bytes: float = 0.0
 
 
@@ -52,6 +52,7 @@ class Result:
     engine: str
     cold: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
+    alone_bytes: float = 0.0
     load: Load = field(default_factory=Load)
     chat: list[float] = field(default_factory=list)
     chat_uncached: list[float] = field(default_factory=list)
@@ -109,7 +110,6 @@ class Server:
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 cached[output.request_id] = output.num_cached_tokens or 0
-            load.pages = max(load.pages, self.pages_held)
             load.bytes = max(load.bytes, self.bytes_held)
         load.seconds = time.perf_counter() - start
         load.read = sum(map(len, prompts)) - sum(cached.values())
@@ -143,9 +143,11 @@ def measure_system_prompt(
         questions = random_prompts(1 + args.hits, args.question, seed=1000 + turn)
         for server, result in zip(servers, results, strict=True):
             server.forget()
-            times = [server.ask(system + own, args.reply)[0] for own in questions]
+            asked = [server.ask(system + own, args.reply) for own in questions]
+            times, _, held = zip(*asked, strict=True)
             result.cold.append(times[0])
             result.hits += times[1:]
+            result.alone_bytes = max(result.alone_bytes, *held)
     (system,) = random_prompts(1, args.system, seed=500)
     own = random_prompts(args.requests, args.question, seed=501)
     for server, result in zip(servers, results, strict=True):
@@ -191,9 +193,10 @@ def system_table(results: list[Result], args: argparse.Namespace) -> Table:
                 Spread.of(one.cold).shown(1e3, 0),
                 Spread.of(one.hits).shown(1e3, 0),
                 f"{median_ratio(one.hits, first.hits):.2f}",
+                format_bytes(int(one.alone_bytes)),
+                f"{one.alone_bytes / first.alone_bytes:.2f}",
                 f"{one.load.seconds:.1f}",
                 str(one.load.read),
-                str(one.load.pages),
                 format_bytes(int(one.load.bytes)),
                 f"{one.load.bytes / first.load.bytes:.2f}",
             ]
