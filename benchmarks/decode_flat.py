@@ -8,15 +8,38 @@ python -m benchmarks.decode_flat --engines sink-recent:budget=0.25 h2o:budget=0.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.engines import STOCK, WEIGHTS, add_engine_arguments, start_engines
+from benchmarks.engines import (
+    STOCK,
+    WEIGHTS,
+    TimedEngine,
+    add_engine_arguments,
+    start_engines,
+)
 from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
 
 ENGINES = (WEIGHTS, STOCK, "full", "retrieval", "sink-recent:recent=480", "h2o")
+
+
+def measure(
+    engines: Sequence[TimedEngine], args: argparse.Namespace
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of a step, by context and engine; contexts take turns as engines do."""
+    times: dict[int, dict[str, list[float]]] = {
+        context: {engine.name: [] for engine in engines} for context in args.contexts
+    }
+    for seed in tqdm(range(args.rounds + 1), unit="round"):
+        for context in args.contexts:
+            for engine in engines:
+                seconds = engine.decode(args.requests, context, args.steps, seed)
+                if seed:  # the first warms up
+                    times[context][engine.name].append(seconds)
+    return times
 
 
 def main() -> None:
@@ -36,25 +59,19 @@ def main() -> None:
     report = Report("decode_flat")
     columns = ["engine", "context", "step, ms", "time", "flat"]
     curves: dict[str, dict[float, list[float]]] = {name: {} for name in args.engines}
-    shortest: dict[str, list[float]] = {}
-    for context in tqdm(args.contexts):
-        times: dict[str, list[float]] = {engine.name: [] for engine in engines}
-        for seed in range(args.rounds + 1):
-            for engine in engines:
-                seconds = engine.decode(args.requests, context, args.steps, seed)
-                if seed:  # the first warms up
-                    times[engine.name].append(seconds)
-        shortest = shortest or times
+    times = measure(engines, args)
+    for context in args.contexts:
         table = Table(f"Decode step of {args.requests} x {context} tokens", columns)
-        base = times[STOCK if STOCK in times else engines[0].name]
-        for name, seconds_of in times.items():
+        found, shortest = times[context], times[args.contexts[0]]
+        base = found[STOCK if STOCK in found else engines[0].name]
+        for name, seconds_of in found.items():
             curves[name][context] = [1e3 * seconds for seconds in seconds_of]
             row = [name, str(context), Spread.of(seconds_of).shown(1e3)]
             row += [f"{median_ratio(seconds_of, base):.2f}"]
             row += [f"{median_ratio(seconds_of, shortest[name]):.2f}"]
             table.rows.append(row)
         report.tables.append(table)
-        report.numbers[str(context)] = times
+        report.numbers[str(context)] = found
     report.write(args.out)
     title = f"decode step of {args.requests} requests"
     picture = args.out / "decode_flat.png"
