@@ -70,7 +70,7 @@ class Server:
         options = {
             "dtype": args.dtype,
             "max_model_len": 2 * args.system,
-            "max_num_seqs": args.requests,
+            "max_num_seqs": max(args.requests, 1),
             "max_num_batched_tokens": 2048,
             "kv_cache_memory_bytes": KV_MEMORY,
             "enforce_eager": args.eager,
@@ -171,15 +171,14 @@ def chat(
 def measure_chat(
     servers: Sequence[Server], results: Sequence[Result], args: argparse.Namespace
 ) -> None:
-    """Have the same chats with a prefix cache and without."""
-    for turn in range(args.rounds):
-        for server, result in zip(servers, results, strict=True):
-            times, result.chat_bytes = chat(server, args, seed=2000 + turn)
+    """Have the same chats with a prefix cache and without, in turns."""
+    # All live till the end: vLLM takes its process groups down with any of them.
+    twins = [Server(name, args, caching=False) for name in args.engines]
+    for seed in range(2000, 2000 + args.rounds):
+        for server, twin, result in zip(servers, twins, results, strict=True):
+            times, result.chat_bytes = chat(server, args, seed)
             result.chat += times
-    for name, result in zip(args.engines, results, strict=True):
-        plain = Server(name, args, caching=False)
-        for turn in range(args.rounds):
-            result.chat_uncached += chat(plain, args, seed=2000 + turn)[0]
+            result.chat_uncached += chat(twin, args, seed)[0]
 
 
 def system_table(results: list[Result], args: argparse.Namespace) -> Table:
@@ -229,7 +228,7 @@ def main() -> None:
     )
     add_engine_arguments(parser, [STOCK, "full", "retrieval:budget=0.25"])
     parser.add_argument("--system", type=int, default=3000)
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=32, help="0: none")
     parser.add_argument("--question", type=int, default=40)
     parser.add_argument("--reply", type=int, default=32)
     parser.add_argument("--hits", type=int, default=6, help="measured in a round")
@@ -239,8 +238,10 @@ def main() -> None:
     args = parser.parse_args()
     results = [Result(name) for name in args.engines]
     servers = [Server(name, args, caching=True) for name in args.engines]
-    measure_system_prompt(servers, results, args)
-    report = Report("prefix_cache", [system_table(results, args)])
+    report = Report("prefix_cache")
+    if args.requests:
+        measure_system_prompt(servers, results, args)
+        report.tables.append(system_table(results, args))
     if args.turns:
         measure_chat(servers, results, args)
         report.tables.append(chat_table(results, args))
