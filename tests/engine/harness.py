@@ -205,6 +205,22 @@ class Engine:
         self.finish()
         return [self.replies.pop(name) for name in names]
 
+    def beams(
+        self, prompt: Sequence[int], width: int, max_tokens: int
+    ) -> list[list[int]]:
+        """Search for the likeliest replies; return them with their prompt, best first.
+
+        Every step of every beam is a request of its own.
+        """
+        from vllm.sampling_params import BeamSearchParams
+
+        params = BeamSearchParams(
+            beam_width=width, max_tokens=max_tokens, ignore_eos=True
+        )
+        prompts = [{"prompt_token_ids": list(prompt)}]
+        (found,) = self._llm.beam_search(prompts, params)
+        return [list(beam.tokens) for beam in found.sequences]
+
     def close(self) -> None:
         """Free the engine, so that another one can start."""
         del self._llm, self._core

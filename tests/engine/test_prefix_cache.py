@@ -216,6 +216,22 @@ def test_samples_of_one_prompt_hold_one_copy_of_it(
     engine.finish()
 
 
+@pytest.mark.parametrize("policy", ["full", "retrieval"])
+def test_beams_read_their_prompt_once(
+    engines: EngineSlot, models: dict[str, Model], policy: str
+) -> None:
+    model, beams, blocks = models["tiny-gqa"], 3, 9
+    (prompt,) = random_prompts([blocks * PAGE + 7], model.vocab, seed=36)
+    plain = start(engines, model, policy, 512, 16, enable_prefix_caching=False)
+    expected = plain.beams(prompt, beams, REPLY)
+    engine = start(engines, model, policy, 512, 16)
+    engine.replies.clear()
+    assert engine.beams(prompt, beams, REPLY) == expected
+    cached = [reply.cached for reply in engine.replies.values()]
+    assert cached == [0] + [blocks * PAGE] * ((REPLY - 1) * beams)
+    assert engine.pages_held == {}
+
+
 @pytest.mark.parametrize("policy", ["retrieval", "moa", "sharded"])
 def test_equal_prompts_of_one_step_get_one_reply(
     engines: EngineSlot, models: dict[str, Model], policy: str
