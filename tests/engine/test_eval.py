@@ -68,6 +68,7 @@ def test_the_last_page_alone_finds_nothing_outside_it(report: Path) -> None:
     assert held == pytest.approx(2 / 32, abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_cells(
     report: Path, tmp_path: Path
 ) -> None:

@@ -167,7 +167,9 @@ def test_tokens_and_logprobs_are_stock_vllms(
     assert_identical(run(engines, model, policy, setting), expected)
 
 
-@pytest.mark.parametrize("policy", ["full", "retrieval"])
+@pytest.mark.parametrize(
+    "policy", ["full", pytest.param("retrieval", marks=pytest.mark.slow)]
+)
 def test_a_real_model_answers_as_under_stock_vllm(
     engines: EngineSlot, models: dict[str, Model], stock: Stock, policy: str
 ) -> None:

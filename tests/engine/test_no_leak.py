@@ -26,6 +26,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {"heavy": 32, "recent": 32},
     "heterogeneous": {"budget": 0.6, "sinks": 4, "recent": 32, "m": 1},
 }
+FAST = ("sink-recent", "retrieval", "h2o")
+"""One for each way of keeping pages; the others take as long again."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,13 @@ class Load:
             self.aborted[job.ending] += 1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in POLICIES
+    ],
+)
 def test_three_hundred_requests_leave_nothing_behind(
     engines: EngineSlot, models: dict[str, Model], policy: str
 ) -> None:
