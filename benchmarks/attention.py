@@ -30,7 +30,7 @@ from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
 from kvserve.engine.hardware import cpu_kernels
 from kvserve.engine.rows import RowShapes
 from kvserve.kernels.huge_pages import use_huge_pages
-from kvserve.kernels.page_formats import FORMATS, INT8
+from kvserve.kernels.page_formats import FORMATS, INT8, PageFormat
 from kvserve.processor import default_dtype
 
 OWN, STOCK, BYTE = "auto", "stock", "byte"
@@ -90,12 +90,9 @@ def head_pages(case: Case, pages: str) -> Pass:
     page_format = None if pages == OWN else FORMATS[pages]
     device = cpu_kernels(page_format, case.dtype, case.group, case.size, PAGE)
     tables = pages_of(case.rows, case.kept, PAGE, case.layers)
-    shape = sum(map(torch.numel, tables)), 1, PAGE
-    width, dtype = 2 * case.size, case.dtype
-    if page_format:
-        width = page_format.token_bytes(case.size) // page_format.pool.itemsize
-        dtype = page_format.pool
-    pool = torch.empty(*shape, width, dtype=dtype)
+    stored = page_format or PageFormat(OWN, case.dtype, case.dtype)
+    shape = stored.pool_shape(sum(map(torch.numel, tables)), PAGE, case.size)
+    pool = torch.empty(shape, dtype=stored.pool)
     use_huge_pages(pool)
     for first in range(0, shape[0], WRITTEN_PAGES):
         slots = torch.arange(first, min(first + WRITTEN_PAGES, shape[0]))

@@ -25,11 +25,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvserve.engine import hardware
 from kvserve.engine.attention import HeadPagedAttention, HeadPagedMetadata
 from kvserve.engine.clock import Clock
-from kvserve.engine.device import PAGE_SIZE, Device
+from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.page_tables import PageArray, PageTables
 from kvserve.engine.rows import RowBuilder
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.engine.staging import HostStaging, Staging
 from kvserve.engine.support import page_format_of
 from kvserve.kernels.page_formats import FORMATS
 from kvserve.lanes import IntArray
@@ -98,25 +97,19 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         group_size //= model.get_num_kv_heads(parallel)
         self.clock = Clock()
         self.tables, self._rows = self._make_tables(vllm_config)
-        self.kernels, self.staging = self._kernels_and_staging(group_size)
+        self.kernels, self.staging = hardware.kernels_and_staging(
+            kv_cache_spec,
+            page_format_of(vllm_config),
+            cast(torch.dtype, model.dtype),
+            group_size,
+            self.tables,
+            device,
+        )
         self._input_batch: Any = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         for index, layer in enumerate(layers.values()):
             cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
-
-    def _kernels_and_staging(self, group_size: int) -> tuple[Device, Staging]:
-        spec = cast(HeadPagedSpec, self.kv_cache_spec)
-        if hardware.uses_triton():
-            return hardware.gpu_kernels_and_staging(
-                spec, group_size, self.tables, self.device
-            )
-        dtype = cast(torch.dtype, self.vllm_config.model_config.dtype)
-        page_format = page_format_of(self.vllm_config)
-        kernels = hardware.cpu_kernels(
-            page_format, dtype, group_size, spec.head_size, spec.block_size
-        )
-        return kernels, HostStaging(kernels)
 
     def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
         spec = cast(HeadPagedSpec, self.kv_cache_spec)

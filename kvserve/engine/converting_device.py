@@ -7,13 +7,14 @@ bytes, when they are written; attention multiplies what pages hold, in float32.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from kvserve.engine.device import CPUDevice
 from kvserve.errors import UserError
 from kvserve.kernels import native
 from kvserve.kernels.page_formats import PageFormat
-from kvserve.kernels.statistics import CachedRows
 
 
 class ConvertingCPUDevice(CPUDevice):
@@ -59,12 +60,6 @@ class ConvertingCPUDevice(CPUDevice):
         tokens = self._format.read(*halves[half])
         return tokens.view(*pages.shape, self._page_size, self._head_size)
 
-    def add_row_attention(
-        self,
-        query: torch.Tensor,
-        pool: torch.Tensor,
-        cached: CachedRows,
-        scale: float,
-        mass: torch.Tensor,
-    ) -> None:
-        native.add_row_attention(query, pool, None, cached, scale, mass)
+    @cached_property
+    def _key_places(self) -> torch.Tensor | None:
+        return None

@@ -15,7 +15,7 @@ from kvserve.engine.dense_tables import DenseTables
 from kvserve.engine.device import CPUDevice, Device
 from kvserve.engine.page_tables import PageTables
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.engine.staging import Staging
+from kvserve.engine.staging import HostStaging, Staging
 from kvserve.kernels.page_formats import PageFormat
 
 
@@ -71,15 +71,25 @@ def cpu_kernels(
     return ConvertingCPUDevice(page_format, *shape)
 
 
-def gpu_kernels_and_staging(
-    spec: HeadPagedSpec, group_size: int, tables: PageTables, device: torch.device
+def kernels_and_staging(
+    spec: HeadPagedSpec,
+    page_format: PageFormat | None,
+    dtype: torch.dtype,
+    group_size: int,
+    tables: PageTables,
+    device: torch.device,
 ) -> tuple[Device, Staging]:
     """Make what runs on the device, and what brings a step's rows there.
 
     Args:
+        page_format: what pages hold; ``None``: the model's ``dtype``, as on every GPU.
         group_size: query heads that share a KV head.
         tables: made by one of the two classes above.
     """
+    if not uses_triton():
+        shape = group_size, spec.head_size, spec.block_size
+        kernels = cpu_kernels(page_format, dtype, *shape)
+        return kernels, HostStaging(kernels)
     from kvserve.engine.device_staging import DeviceStaging
     from kvserve.engine.mirror import TableMirror, WatchedDenseTables, WatchedTables
     from kvserve.engine.triton_device import TritonDevice

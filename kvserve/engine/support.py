@@ -124,9 +124,8 @@ def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
     Raises:
         UserError: they cannot hold that, or not on this device.
     """
-    asked = vllm_config.cache_config.cache_dtype
-    own = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if asked in ("auto", own):
+    asked, own = pages_hold(vllm_config), _type_of(vllm_config)
+    if asked == own:
         return None
     if asked not in FORMATS:
         raise UserError(
@@ -143,9 +142,12 @@ def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
 
 def pages_hold(vllm_config: VllmConfig) -> str:
     """Name what pages hold, also where that is the model's own type."""
-    page_format = page_format_of(vllm_config)
-    own = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    return page_format.name if page_format else own
+    asked = vllm_config.cache_config.cache_dtype
+    return _type_of(vllm_config) if asked == "auto" else asked
+
+
+def _type_of(vllm_config: VllmConfig) -> str:
+    return str(vllm_config.model_config.dtype).removeprefix("torch.")
 
 
 def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:

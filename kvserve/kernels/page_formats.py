@@ -46,6 +46,13 @@ class PageFormat:
         scales = 2 * _SCALE_BYTES if self.is_scaled else 0
         return 2 * head_size * self.number.itemsize + scales
 
+    def pool_shape(
+        self, pages: int, page_size: int, head_size: int
+    ) -> tuple[int, int, int, int]:
+        """Shape of the pool's tensor, ``[pages, 1, page_size, w]``."""
+        width = self.token_bytes(head_size) // self.pool.itemsize
+        return pages, 1, page_size, width
+
     def stored(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return ``tokens [..., d]`` as a page holds them, and scales ``[..., 1]``."""
         if not self.is_scaled:

@@ -17,8 +17,8 @@ def trapped_pool(
     kind: PageFormat, pages: int, page_size: int, head_size: int
 ) -> Tensor:
     """Make a pool whose every number, and every scale, is NaN or all ones."""
-    width = kind.token_bytes(head_size) // kind.pool.itemsize
-    pool = torch.empty(pages, 1, page_size, width, dtype=kind.pool)
+    shape = kind.pool_shape(pages, page_size, head_size)
+    pool = torch.empty(shape, dtype=kind.pool)
     pool.view(torch.uint8).fill_(0xFF)
     return pool
 

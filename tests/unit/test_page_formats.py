@@ -129,5 +129,4 @@ def test_without_a_compiler_it_says_what_to_install(
 
 def empty_pool(name: str, pages: int, page_size: int, width: int) -> Tensor:
     kind = FORMATS[name]
-    row = kind.token_bytes(width) // kind.pool.itemsize
-    return torch.zeros(pages, 1, page_size, row, dtype=kind.pool)
+    return torch.zeros(kind.pool_shape(pages, page_size, width), dtype=kind.pool)
