@@ -11,13 +11,12 @@
 #include <omp.h>
 #endif
 
-#include "numbers.h"
-#include "pages.h"
+#include "products.h"
 
 namespace {
 
 // Tokens whose softmax is brought up to date together.
-constexpr int64_t TOKENS = 128;
+constexpr int64_t TOKENS = 96;
 // Tokens of which keys are multiplied, and dimensions of which values are added up.
 constexpr int64_t PANEL = 2 * LANES;
 // Query heads that share what was loaded; more take turns.
@@ -26,7 +25,7 @@ constexpr int HEADS = 4;
 constexpr int64_t LEAST = 1024;
 // Tokens between what is read and what is fetched: pages lie anywhere, so no hardware
 // foresees the next.
-constexpr int64_t AHEAD = 64;
+constexpr int64_t AHEAD = 96;
 // Tokens below which waking other threads takes longer than the work.
 constexpr int64_t WORTH_THREADS = 1024;
 
@@ -57,75 +56,84 @@ template <int64_t count, class Page> inline void fetch(const Page *numbers) {
         __builtin_prefetch(numbers + i);
 }
 
-// Multiply `heads` queries [width, HEADS] with the keys of some panels of tokens,
+// Multiply `heads` queries [width / STEP, HEADS] with the keys of some panels of tokens,
 // `stride` apart, and fetch the keys that are `ahead`.
-template <int heads, class Page>
+template <int heads, class Product, class Page>
 void multiply(
-    const float *query, const Page *keys, const Page *ahead, int64_t width,
-    int64_t stride, float *logits) {
+    const typename Product::Number *query, const Page *keys, const Page *ahead,
+    int64_t width, int64_t stride, float *logits) {
     constexpr int count = panels<heads>();
     Pair sum[count][heads] = {};
-    for (int64_t d = 0; d < width; ++d) {
-        fetch<count * PANEL>(ahead + d * stride);
+    for (int64_t d = 0; d < width; d += Product::STEP) {
+#pragma GCC unroll 2
+        for (int64_t line = d; line < d + Product::STEP; ++line)
+            fetch<count * PANEL>(ahead + line * stride);
 #pragma GCC unroll 4
         for (int panel = 0; panel < count; ++panel) {
-            const Pair key = load(keys + d * stride + panel * PANEL);
+            const auto key = Product::load(keys + d * stride + panel * PANEL, stride);
 #pragma GCC unroll 4
-            for (int head = 0; head < heads; ++head) {
-                sum[panel][head].first += query[d * HEADS + head] * key.first;
-                sum[panel][head].second += query[d * HEADS + head] * key.second;
-            }
+            for (int head = 0; head < heads; ++head)
+                Product::add(
+                    sum[panel][head], query[d / Product::STEP * HEADS + head], key);
         }
     }
     for (int head = 0; head < heads; ++head)
         for (int panel = 0; panel < count; ++panel)
             store(
                 logits + head * TOKENS + panel * PANEL,
-                ordered(Page{}, sum[panel][head]));
+                Product::ordered(sum[panel][head]));
 }
 
 // Add some panels of dimensions of `count` tokens' values [count, width], weighted, to
 // `sums`, and fetch the values that are `ahead`.
-template <int heads, class Page>
+template <int heads, class Product, class Page>
 void accumulate(
-    const float *weights, const Page *values, const Page *ahead, int64_t count,
-    int64_t width, float *sums) {
+    const typename Product::Number *weights, const Page *values, const Page *ahead,
+    int64_t count, int64_t width, float *sums) {
     constexpr int parts = panels<heads>();
+    constexpr int64_t STEP = Product::STEP;
     Pair sum[parts][heads];
     for (int head = 0; head < heads; ++head)
         for (int panel = 0; panel < parts; ++panel) {
             float *const own = sums + head * width + panel * PANEL;
             sum[panel][head] = {vector_at(own), vector_at(own + LANES)};
         }
-    for (int64_t token = 0; token < count; ++token) {
-        fetch<parts * PANEL>(ahead + token * width);
+    const auto add = [&](int64_t i, auto load) {
 #pragma GCC unroll 4
         for (int panel = 0; panel < parts; ++panel) {
-            const Pair value = load(values + token * width + panel * PANEL);
+            const auto value = load(values + i * STEP * width + panel * PANEL);
 #pragma GCC unroll 4
-            for (int head = 0; head < heads; ++head) {
-                const float weight = weights[head * TOKENS + token];
-                sum[panel][head].first += weight * value.first;
-                sum[panel][head].second += weight * value.second;
-            }
+            for (int head = 0; head < heads; ++head)
+                Product::add(sum[panel][head], weights[head * TOKENS + i], value);
         }
+    };
+    for (int64_t i = 0; i < count / STEP; ++i) {
+#pragma GCC unroll 2
+        for (int64_t line = i * STEP; line < (i + 1) * STEP; ++line)
+            fetch<parts * PANEL>(ahead + line * width);
+        add(i, [&](const Page *place) { return Product::load(place, width); });
     }
+    if (count % STEP)
+        add(count / STEP, [](const Page *place) { return Product::load_one(place); });
     for (int head = 0; head < heads; ++head)
         for (int panel = 0; panel < parts; ++panel)
             store(sums + head * width + panel * PANEL, sum[panel][head]);
 }
 
 // The online softmax of one part, for all heads of the row.
-template <class Page> class Attention {
+template <class Page, class Product> class Attention {
+    using Number = typename Product::Number;
+
   public:
     Attention(const Pool<Page> &pool, int64_t group, float factor)
         : pool_(pool), group_(group), quads_((group + HEADS - 1) / HEADS),
-          factor_(factor), queries_(quads_ * HEADS * pool.width),
+          factor_(factor), queries_(quads_ * HEADS * pool.width / Product::STEP),
           logits_(HEADS * TOKENS) {}
 
     // Leave sums [group, width], in the order of `load`, peaks and masses [group].
     void run(
-        Numbers query, const int32_t *pages, int64_t first, int64_t last, float *sums, float *peaks, float *masses) {
+        Numbers query, const int32_t *pages, int64_t first, int64_t last, float *sums,
+        float *peaks, float *masses) {
         pack(query);
         std::fill(sums, sums + group_ * pool_.width, 0.0f);
         std::fill(peaks, peaks + group_, NEVER);
@@ -152,10 +160,11 @@ template <class Page> class Attention {
 
   private:
     void pack(Numbers query) {
+        const int64_t numbers = pool_.width / Product::STEP;
         for (int64_t head = 0; head < group_; ++head)
-            for (int64_t d = 0; d < pool_.width; ++d)
-                queries_[(head / HEADS * pool_.width + d) * HEADS + head % HEADS] =
-                    query.get(head * pool_.width + d) * factor_;
+            for (int64_t i = 0; i < numbers; ++i)
+                queries_[(head / HEADS * numbers + i) * HEADS + head % HEADS] =
+                    Product::query(query, head * pool_.width + i * Product::STEP);
     }
 
     template <int heads>
@@ -164,11 +173,11 @@ template <class Page> class Attention {
         float *peaks, float *masses) {
         const int64_t count = std::min(TOKENS, last - start);
         const int64_t size = pool_.page_size, width = pool_.width;
-        const float *query = queries_ + head * width;
+        const Number *query = queries_ + head * (width / Product::STEP);
         constexpr int64_t together = panels<heads>() * PANEL;
         for (int64_t token = 0; token < count; token += together) {
             const int64_t at = start + token, next = std::min(at + AHEAD, last - 1);
-            multiply<heads>(
+            multiply<heads, Product>(
                 query, pool_.keys(pages[at / size]) + at % size,
                 pool_.keys(pages[next / size]) + next % size, width, size,
                 logits_ + token);
@@ -181,6 +190,9 @@ template <class Page> class Attention {
                    peaks[head + i], masses[head + i]);
         if (is_scaled<Page>)
             apply_scales(pool_, false, pages, start, count, heads, TOKENS, logits_);
+        for (int i = 0; i < heads; ++i)
+            Product::round(logits_ + i * TOKENS, padded);
+        const Number *weights = Product::weights(logits_);
         for (int64_t token = 0; token < count;) {
             const int64_t at = start + token;
             const int64_t run = std::min(size - at % size, count - token);
@@ -188,8 +200,9 @@ template <class Page> class Attention {
             const int64_t next = std::min(at + AHEAD, last - 1) / size;
             const Page *ahead = pool_.values(pages[next]);
             for (int64_t d = 0; d < width; d += together)
-                accumulate<heads>(
-                    logits_ + token, values + d, ahead + d, run, width, sums + d);
+                accumulate<heads, Product>(
+                    weights + token / Product::STEP, values + d, ahead + d, run, width,
+                    sums + d);
             token += run;
         }
     }
@@ -199,7 +212,7 @@ template <class Page> class Attention {
         float *logits, int64_t count, int64_t padded, float *sums, float &peak,
         float &mass) {
         std::fill(logits + count, logits + padded, NEVER);
-        const float top = std::max(peak, highest(logits, padded));
+        const float top = std::max(peak, highest(logits, padded) * factor_);
         if (top > peak) {
             const float fade = power_of_two(Floats{} + (peak - top))[0];
             for (int64_t d = 0; d < pool_.width; d += LANES)
@@ -210,7 +223,7 @@ template <class Page> class Attention {
         Floats drawn = {};
         for (int64_t i = 0; i < padded; i += LANES) {
             Floats &place = vector_at(logits + i);
-            place = power_of_two(place - peak);
+            place = power_of_two(place * factor_ - peak);
             drawn += place;
         }
         mass += total(drawn);
@@ -219,7 +232,8 @@ template <class Page> class Attention {
     const Pool<Page> pool_;
     const int64_t group_, quads_;
     const float factor_;
-    Buffer<float> queries_, logits_;
+    Buffer<Number> queries_;
+    Buffer<float> logits_;
 };
 
 // What all parts of a call leave behind.
@@ -245,7 +259,7 @@ std::vector<Part> cut(const int32_t *lengths, int64_t rows, int64_t tokens) {
 }
 
 // Join the parts of one row, and write its heads.
-template <class Page>
+template <class Product>
 void join(
     const Sums &found, int64_t first, int64_t last, int64_t group, int64_t width,
     Numbers out) {
@@ -269,17 +283,18 @@ void join(
         for (int64_t d = 0; d < width; d += PANEL) {
             const Pair both = {
                 vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
-            store(sums + d, ordered(Page{}, both));
+            store(sums + d, Product::ordered(both));
         }
         for (int64_t d = 0; d < width; ++d)
             out.put(head * width + d, sums[d]);
     }
 }
 
-template <class Page>
+template <class Page, class Product>
 void decode(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const Pool<Page> &pool, Numbers query, int64_t group, float scale, Numbers out) {
+    const Pool<Page> &pool, Product, Numbers query, int64_t group, float scale,
+    Numbers out) {
     const int64_t width = pool.width;
     const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
     const std::vector<Part> parts = cut(lengths, rows, tokens);
@@ -287,7 +302,7 @@ void decode(
     const Sums found(count, group, width);
 #pragma omp parallel if (tokens > WORTH_THREADS)
     {
-        Attention<Page> attention(pool, group, scale * LOG2_E);
+        Attention<Page, Product> attention(pool, group, scale * LOG2_E);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
             const Part &part = parts[i];
@@ -304,7 +319,7 @@ void decode(
             while (last < count && parts[last].row == parts[i].row)
                 ++last;
             const int64_t own = parts[i].row * group * width;
-            join<Page>(found, i, last, group, width, out.from(own));
+            join<Product>(found, i, last, group, width, out.from(own));
         }
     }
 }
@@ -317,8 +332,9 @@ extern "C" void decode_attention(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
     int64_t kind, void *pool, int64_t page_size, int64_t width, int64_t is_half,
     const void *query, int64_t group, float scale, void *out) {
-    with_pool(kind, pool, page_size, width, [&](const auto &pages) {
-        decode(table, stride, lengths, rows, pages, {query, is_half}, group, scale,
-               {out, is_half});
-    });
+    with_products(
+        kind, pool, page_size, width, is_half, [&](const auto &pages, auto product) {
+            decode(table, stride, lengths, rows, pages, product, {query, is_half}, group,
+                   scale, {out, is_half});
+        });
 }

@@ -37,7 +37,9 @@ _SOURCES = [
 ]
 _WIDTH_STEP = 32
 """Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
-_HEADERS = [_FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h")]
+_HEADERS = [
+    _FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h", "products.h")
+]
 _MODEL_TYPES = (torch.float32, torch.bfloat16)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 """``pages.h``'s ``Kind`` of what a pool's pages hold; bytes are those of e4m3."""

@@ -3,24 +3,25 @@
 // arithmetic.
 //
 // A row's queries, times its query heads, are cut into tiles. A tile goes through the
-// row's keys once, a block at a time, which stays in the first-level cache while ROWS
+// row's keys once, a block at a time, which stays in a near cache while ROWS
 // (query, head) pairs after the other multiply it, soften their logits and add up values.
-// Sums are float32, in an order that depends on the row alone.
+// Sums are float32, in an order that depends on the row alone; how numbers are multiplied
+// says `products.h`.
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "numbers.h"
-#include "pages.h"
+#include "products.h"
 
 namespace {
 
 // ROWS x one pair of vectors of sums fill the registers.
 constexpr int ROWS = REGISTERS / 8 * 3;
 constexpr int64_t PANEL = 2 * LANES;
-// Keys that are softened together: with their values, half of a first-level cache.
-constexpr int64_t BLOCK = 64;
+// Keys that are softened together: the fewer times, the better, as long as they and their
+// values stay in a second-level cache.
+constexpr int64_t BLOCK = 256;
 // (query, head) pairs of a tile at most: their queries and sums stay in a second-level
 // cache, and every page is fetched once for all of them.
 constexpr int64_t MOST_PAIRS = 128;
@@ -36,48 +37,48 @@ template <class Page> struct Run {
     int64_t count;
 };
 
-// Multiply ROWS queries [ROWS, width] with PANEL tokens' keys, `stride` apart.
-template <class Page>
+// Multiply ROWS queries [ROWS, width / STEP] with PANEL tokens' keys, `stride` apart.
+template <class Product, class Page>
 inline void multiply(
-    const float *queries, const Page *keys, int64_t width, int64_t stride,
-    float *logits) {
+    const typename Product::Number *queries, const Page *keys, int64_t width,
+    int64_t stride, float *logits) {
+    const int64_t numbers = width / Product::STEP;
     Pair sum[ROWS] = {};
-    for (int64_t d = 0; d < width; ++d) {
-        const Pair key = load(keys + d * stride);
+    for (int64_t i = 0; i < numbers; ++i) {
+        const auto key = Product::load(keys + i * Product::STEP * stride, stride);
 #pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) {
-            const float query = queries[row * width + d];
-            sum[row].first += query * key.first;
-            sum[row].second += query * key.second;
-        }
+        for (int row = 0; row < ROWS; ++row)
+            Product::add(sum[row], queries[row * numbers + i], key);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
-        store(logits + row * BLOCK, ordered(Page{}, sum[row]));
+        store(logits + row * BLOCK, Product::ordered(sum[row]));
 }
 
 // Add PANEL dimensions of the runs' values, weighted, to ROWS sums `width` apart.
-template <class Page>
+template <class Product, class Page>
 inline void accumulate(
-    const float *weights, const Run<Page> *runs, int64_t count, int64_t width,
-    int64_t dimension, float *sums) {
+    const typename Product::Number *weights, const Run<Page> *runs, int64_t count,
+    int64_t width, int64_t dimension, float *sums) {
+    constexpr int64_t STEP = Product::STEP;
     Pair sum[ROWS];
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
         sum[row] = {
             vector_at(sums + row * width), vector_at(sums + row * width + LANES)};
+    const auto add = [&](const auto &value, int64_t i) {
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row)
+            Product::add(sum[row], weights[row * BLOCK + i], value);
+    };
     for (int64_t run = 0; run < count; ++run) {
         const Page *values = runs[run].values + dimension;
-        for (int64_t token = 0; token < runs[run].count; ++token) {
-            const Pair value = load(values + token * width);
-#pragma GCC unroll 16
-            for (int row = 0; row < ROWS; ++row) {
-                const float weight = weights[row * BLOCK + token];
-                sum[row].first += weight * value.first;
-                sum[row].second += weight * value.second;
-            }
-        }
-        weights += runs[run].count;
+        const int64_t tokens = runs[run].count, numbers = tokens / STEP;
+        for (int64_t i = 0; i < numbers; ++i)
+            add(Product::load(values + i * STEP * width, width), i);
+        if (tokens % STEP)
+            add(Product::load_one(values + (tokens - 1) * width), numbers);
+        weights += numbers;
     }
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
@@ -102,12 +103,14 @@ struct Pairs {
 };
 
 // The online softmax of a tile.
-template <class Page> class Attention {
+template <class Page, class Product> class Attention {
+    using Number = typename Product::Number;
+
   public:
     Attention(const Pool<Page> &pool, int64_t group, float factor)
         : pool_(pool), group_(group), factor_(factor),
           most_((std::max(MOST_PAIRS, group) + ROWS - 1) / ROWS * ROWS),
-          queries_(most_ * pool.width), sums_(most_ * pool.width), peaks_(most_),
+          queries_(most_ * pool.width / Product::STEP), sums_(most_ * pool.width), peaks_(most_),
           masses_(most_), logits_(ROWS * BLOCK) {}
 
     void run(
@@ -133,13 +136,13 @@ template <class Page> class Attention {
 
   private:
     void start(const Pairs &query, int64_t first, int64_t pairs, int64_t padded) {
-        const int64_t width = pool_.width;
+        const int64_t width = pool_.width, numbers = width / Product::STEP;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const Numbers own = query.at(first, pair);
-            for (int64_t d = 0; d < width; ++d)
-                queries_[pair * width + d] = own.get(d) * factor_;
+            for (int64_t i = 0; i < numbers; ++i)
+                queries_[pair * numbers + i] = Product::query(own, i * Product::STEP);
         }
-        std::fill(queries_ + pairs * width, queries_ + padded * width, 0.0f);
+        std::fill(queries_ + pairs * numbers, queries_ + padded * numbers, Number(0));
         std::fill(sums_ + 0, sums_ + padded * width, 0.0f);
         std::fill(peaks_ + 0, peaks_ + padded, NEVER);
         std::fill(masses_ + 0, masses_ + padded, 0.0f);
@@ -150,10 +153,10 @@ template <class Page> class Attention {
     void step(
         const int32_t *pages, int64_t first, int64_t count, int64_t seen, int64_t pair) {
         const int64_t size = pool_.page_size, width = pool_.width;
-        const float *queries = queries_ + pair * width;
+        const Number *queries = queries_ + pair * (width / Product::STEP);
         for (int64_t token = 0; token < count; token += PANEL) {
             const int64_t at = first + token;
-            multiply(
+            multiply<Product>(
                 queries, pool_.keys(pages[at / size]) + at % size, width, size,
                 logits_ + token);
         }
@@ -173,8 +176,12 @@ template <class Page> class Attention {
             runs[used].values = pool_.values(pages[at / size]) + offset * width;
             runs[used].count = std::min(size - offset, count - token);
         }
+        for (int row = 0; row < ROWS; ++row)
+            Product::round(logits_ + row * BLOCK, padded);
+        const Number *weights = Product::weights(logits_);
         for (int64_t d = 0; d < width; d += PANEL)
-            accumulate(logits_, runs, used, width, d, sums_ + pair * width + d);
+            accumulate<Product>(
+                weights, runs, used, width, d, sums_ + pair * width + d);
     }
 
     // Turn a pair's logits, of which it sees `seen`, into powers below its new peak, and
@@ -183,7 +190,7 @@ template <class Page> class Attention {
         if (seen < padded)
             std::fill(logits + std::max<int64_t>(seen, 0), logits + padded, NEVER);
         float &peak = peaks_[pair];
-        const float top = std::max(peak, highest(logits, padded));
+        const float top = std::max(peak, highest(logits, padded) * factor_);
         if (top > peak) {
             const float fade = power_of_two(Floats{} + (peak - top))[0];
             for (int64_t d = 0; d < pool_.width; d += LANES)
@@ -196,7 +203,7 @@ template <class Page> class Attention {
         Floats drawn = {};
         for (int64_t i = 0; i < padded; i += LANES) {
             Floats &place = vector_at(logits + i);
-            place = power_of_two(place - base);
+            place = power_of_two(place * factor_ - base);
             drawn += place;
         }
         masses_[pair] += total(drawn);
@@ -211,7 +218,7 @@ template <class Page> class Attention {
             for (int64_t d = 0; d < width; d += PANEL) {
                 const Pair both = {
                     vector_at(sums + d) * factor, vector_at(sums + d + LANES) * factor};
-                store(sums + d, ordered(Page{}, both));
+                store(sums + d, Product::ordered(both));
             }
             for (int64_t d = 0; d < width; ++d)
                 own.put(d, sums[d]);
@@ -222,7 +229,8 @@ template <class Page> class Attention {
     const int64_t group_;
     const float factor_;
     const int64_t most_;
-    Buffer<float> queries_, sums_, peaks_, masses_, logits_;
+    Buffer<Number> queries_;
+    Buffer<float> sums_, peaks_, masses_, logits_;
 };
 
 // Cut a row's queries into tiles of about equal size.
@@ -246,7 +254,8 @@ struct Rows {
     Numbers out;
 };
 
-template <class Page> void prefill(const Rows &call, const Pool<Page> &pool) {
+template <class Page, class Product>
+void prefill(const Rows &call, const Pool<Page> &pool, Product) {
     std::vector<Tile> tiles;
     for (int64_t row = 0; row < call.rows; ++row)
         cut(row, call.counts[row], call.group, tiles);
@@ -254,7 +263,7 @@ template <class Page> void prefill(const Rows &call, const Pool<Page> &pool) {
     const int64_t out_stride = call.kv_heads * group * width;
 #pragma omp parallel
     {
-        Attention<Page> attention(pool, group, call.scale * LOG2_E);
+        Attention<Page, Product> attention(pool, group, call.scale * LOG2_E);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tiles.size(); ++i) {
             const int64_t row = tiles[i].row;
@@ -284,7 +293,7 @@ extern "C" void prefill_attention(
     int64_t query_stride, int64_t kv_heads, int64_t group, float scale, void *out) {
     const Rows call{table, table_stride, first, counts, lengths, rows, {query, is_half},
                     query_stride, kv_heads, group, scale, {out, is_half}};
-    with_pool(kind, pool, page_size, width, [&](const auto &pages) {
-        prefill(call, pages);
-    });
+    with_products(
+        kind, pool, page_size, width, is_half,
+        [&](const auto &pages, auto product) { prefill(call, pages, product); });
 }

@@ -8,6 +8,9 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -65,23 +68,42 @@ inline uint16_t rounded(float number) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline Floats higher(Floats one, Floats other) { return one > other ? one : other; }
+
+// The lanes that a shuffle takes; a constant, since compilers do not find out that it is.
+struct Lanes {
+    alignas(64) int32_t from[LANES] = {};
+
+    template <class Map> explicit constexpr Lanes(Map map) {
+        for (int lane = 0; lane < LANES; ++lane)
+            from[lane] = map(lane);
+    }
+    operator Ints() const { return *reinterpret_cast<const Ints *>(from); }
+};
+
+template <int apart, class Join> inline Floats joined(Floats numbers, Join join) {
+    static constexpr Lanes PARTNER([](int lane) { return lane ^ apart; });
+    return join(numbers, __builtin_shuffle(numbers, Ints(PARTNER)));
+}
+
+// Join the lanes of a vector by halves, so that few have to wait for each other.
+template <class Join> inline float folded(Floats numbers, Join join) {
+    if (LANES == 16)
+        numbers = joined<8>(numbers, join);
+    if (LANES >= 8)
+        numbers = joined<4>(numbers, join);
+    return joined<1>(joined<2>(numbers, join), join)[0];
+}
+
 inline float total(Floats numbers) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; ++lane)
-        sum += numbers[lane];
-    return sum;
+    return folded(numbers, [](Floats one, Floats other) { return one + other; });
 }
 
 inline float highest(const float *row, int64_t size) {
     Floats most = vector_at(row);
-    for (int64_t i = LANES; i < size; i += LANES) {
-        const Floats next = vector_at(row + i);
-        most = next > most ? next : most;
-    }
-    float top = most[0];
-    for (int lane = 1; lane < LANES; ++lane)
-        top = std::max(top, most[lane]);
-    return top;
+    for (int64_t i = LANES; i < size; i += LANES)
+        most = higher(vector_at(row + i), most);
+    return folded(most, higher);
 }
 
 inline void store(float *place, Pair both) {
@@ -89,23 +111,57 @@ inline void store(float *place, Pair both) {
     vector_at(place + LANES) = both.second;
 }
 
+// A shuffle of both vectors, and the same of the lanes `further` on.
+inline Pair shuffled(Pair both, Ints from, int32_t further) {
+    return {
+        __builtin_shuffle(both.first, both.second, from),
+        __builtin_shuffle(both.first, both.second, from + further)};
+}
+
 // The numbers of two vectors in turns: first[0], second[0], first[1], ...
 inline Pair interleaved(Pair turns) {
-    Ints low, high;
-    for (int lane = 0; lane < LANES; ++lane) {
-        low[lane] = lane / 2 + lane % 2 * LANES;
-        high[lane] = low[lane] + LANES / 2;
-    }
-    return {
-        __builtin_shuffle(turns.first, turns.second, low),
-        __builtin_shuffle(turns.first, turns.second, high)};
+    static constexpr Lanes LOW([](int lane) { return lane / 2 + lane % 2 * LANES; });
+    return shuffled(turns, LOW, LANES / 2);
 }
+
+// Cut x <= 0 into the nearest integer and a rest; and multiply a number with 2 to the
+// power of that integer, to 0 where x is so low that it would be subnormal.
+#if defined(__AVX512DQ__)
+struct Exponent {
+    Floats rest;
+    explicit Exponent(Floats x)
+        : rest((Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT)), x_(x) {}
+    Floats raise(Floats number) const {
+        const __mmask16 normal = _mm512_cmp_ps_mask(
+            (__m512)x_, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
+        return (Floats)_mm512_maskz_scalef_ps(
+            normal, (__m512)number, (__m512)(x_ - rest));
+    }
+
+  private:
+    Floats x_;
+};
+#else
+struct Exponent {
+    Floats rest;
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the last bits.
+    explicit Exponent(Floats x) : x_(x), shifted_(x + 12582912.0f) {
+        rest = x - (shifted_ - 12582912.0f);
+    }
+    Floats raise(Floats number) const {
+        const Ints exponent = (Ints)shifted_ << 23;
+        return x_ > -126.0f ? (Floats)((Ints)number + exponent) : Floats{};
+    }
+
+  private:
+    Floats x_, shifted_;
+};
+#endif
 
 // 2 to the power of x <= 0, to float32 rounding; what would be subnormal is 0.
 inline Floats power_of_two(Floats x) {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the last bits.
-    const Floats shifted = x + 12582912.0f;
-    const Floats rest = x - (shifted - 12582912.0f);
+    const Exponent exponent(x);
+    const Floats rest = exponent.rest;
     // Taylor's series: ln(2)^k / k!, the rest being at most a half.
     Floats series = rest * 1.5252734e-5f + 1.5403530e-4f;
     series = series * rest + 1.3333558e-3f;
@@ -114,8 +170,7 @@ inline Floats power_of_two(Floats x) {
     series = series * rest + 2.4022651e-1f;
     series = series * rest + 6.9314718e-1f;
     series = series * rest + 1.0f;
-    const Ints exponent = (Ints)shifted << 23;
-    return x > -126.0f ? (Floats)((Ints)series + exponent) : Floats{};
+    return exponent.raise(series);
 }
 
 // Turn `size` logits (base 2), of which the first `seen` are visible, into powers below
