@@ -70,7 +70,9 @@ class Result:
         name, _, rest = self.engine.partition(":")
         if name == OPENVINO:
             return f"OpenVINO, evicts to {rest}" if rest else "OpenVINO"
-        return f"stock vLLM {rest}".strip() if name == STOCK else self.engine
+        if name == STOCK:
+            return f"stock vLLM {rest}".strip()
+        return f"kvserve {self.engine}"
 
 
 def make_engine(name: str, args: argparse.Namespace) -> Any:
@@ -184,7 +186,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 3.6), layout="constrained")
     for result, colour in zip(results, colours(), strict=False):
         seconds, running = zip(*result.timeline, strict=True)
         axes.fill_between(
@@ -196,7 +198,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     axes.set(
         xlabel="seconds", ylabel="requests running", ylim=(0, most + 1), title=title
     )
-    axes.legend(loc="upper right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
