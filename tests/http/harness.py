@@ -83,8 +83,13 @@ class Server:
         try:
             return self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             raise
+
+    def _kill(self) -> None:
+        """Kill all its processes: an engine outlives an API process that is killed."""
+        for process in self.processes():
+            process.kill()
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
@@ -95,7 +100,7 @@ class Server:
                     return
             except httpx.TransportError:
                 time.sleep(0.5)
-        self.process.kill()
+        self._kill()
         raise AssertionError(f"not healthy in time: {self.log[-3000:]}")
 
 

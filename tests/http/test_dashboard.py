@@ -9,7 +9,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from tests.http.harness import KEY, Server
 
@@ -112,7 +119,13 @@ def test_a_prompt_streams_and_moves_the_numbers(page: Page) -> None:
     expect(page.locator("#ratio")).to_have_text("idle")
 
 
+def never_ending(route: Route) -> None:
+    """Let the model go on where it would end its reply before anybody stops it."""
+    route.continue_(post_data=route.request.post_data_json | {"ignore_eos": True})
+
+
 def test_a_reply_can_be_stopped_and_the_page_works_by_keyboard(page: Page) -> None:
+    page.route("**/v1/chat/completions", never_ending)
     page.get_by_label("Prompt", exact=True).fill("Tell me a long story.")
     page.get_by_label("Most tokens").fill("1500")
     page.get_by_label("Prompt", exact=True).focus()
