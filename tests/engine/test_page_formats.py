@@ -121,10 +121,13 @@ def check(found: torch.Tensor, expected: torch.Tensor, unrounded: torch.Tensor) 
 
     Engine and reference differ in a key's last bit, which now and then rounds it to
     another number: the more layers, the more often. Rounding in any other way would
-    make an error as large as the effect.
+    make an error as large as the effect. So may tokens be others where the reference
+    has them nearly tied, and nowhere else.
     """
     error = relative_error(found, expected)
     effect = relative_error(found, unrounded).median()
     assert error.median() < effect / 5
     assert error.max() < effect
-    assert expected.argmax(dim=1).tolist() == found.argmax(dim=1).tolist()
+    chosen = expected.gather(1, found.argmax(dim=1, keepdim=True)).squeeze(1)
+    best = expected.amax(dim=1)
+    assert ((best - chosen) / expected.abs().amax(dim=1)).max() < effect / 5
