@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "numbers.h"
 #include "pages.h"
@@ -34,6 +33,11 @@ template <class Page> struct Widened {
     static void round(float *, int64_t) {}
     static const Number *weights(const float *row) { return row; }
 };
+
+template <class Page, class Work>
+void with_product(const Pool<Page> &pool, bool, Work work) {
+    work(pool, Widened<Page>{});
+}
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 
@@ -87,20 +91,22 @@ struct Dots {
     }
 };
 
+template <class Work>
+void with_product(const Pool<uint16_t> &pool, bool is_half, Work work) {
+    if (is_half)
+        work(pool, Dots{});
+    else
+        work(pool, Widened<uint16_t>{});
+}
+
 #endif
 
 // Let `work` have the pool, and the products to use, by the types of pages and queries.
 template <class Work>
 void with_products(
     int64_t kind, void *pool, int64_t page_size, int64_t width, bool is_half, Work work) {
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    if (is_half && Kind(kind) == Kind::bfloat16)
-        return work(
-            Pool<uint16_t>{static_cast<char *>(pool), page_size, width}, Dots{});
-#endif
     with_pool(kind, pool, page_size, width, [&](const auto &pages) {
-        using Page = std::remove_pointer_t<decltype(pages.keys(0))>;
-        work(pages, Widened<Page>{});
+        with_product(pages, is_half, work);
     });
 }
 

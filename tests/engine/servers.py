@@ -48,8 +48,13 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
             assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
 
 
-def wait_until_healthy(base: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+def wait_until_healthy(
+    base: str,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    seconds: float = _START_SECONDS,
+) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:

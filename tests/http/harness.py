@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
-from tests.engine.servers import free_port
+from tests.engine.servers import free_port, wait_until_healthy
 
 MODEL = "SmolLM2-135M-Instruct"
 KEY = "a-key-for-tests"
@@ -52,7 +52,11 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
-        self._wait_until_healthy()
+        try:
+            wait_until_healthy(self.base, self.process, self._log, _START_SECONDS)
+        except AssertionError:
+            self._kill()
+            raise
 
     def client(self, **options: Any) -> httpx.Client:
         """Return a client that sends the key."""
@@ -89,19 +93,8 @@ class Server:
     def _kill(self) -> None:
         """Kill all its processes: an engine outlives an API process that is killed."""
         for process in self.processes():
-            process.kill()
-
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log[-3000:]
-            try:
-                if httpx.get(f"{self.base}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        self._kill()
-        raise AssertionError(f"not healthy in time: {self.log[-3000:]}")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def completion(prompt: str, max_tokens: int, **options: Any) -> dict[str, Any]:
