@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 from kvserve.errors import UserError
 from kvserve.stream_rule import StreamRule
 from policies.base import StreamingPolicy
-from policies.budgets import Budget, PolicySpec
+from policies.budgets import PolicySpec, split_policy
 from policies.registry import available_policies, create_policy, parse_arguments
 
 _LONGEST_TEXT = 200
@@ -67,30 +67,30 @@ def without_budget(rule: StreamRule, text: str, tokens: int) -> str:
     policy, spec = rule_named(rule, text, tokens).policy, _parse(text)
     if spec.budget is None:
         return text
-    hints = _hints(type(policy))
-    settable = [key for key, hint in hints.items() if _is_number(hint)]
-    return f"{spec.name}:" + ",".join(f"{k}={getattr(policy, k)}" for k in settable)
+    numbers = {
+        key: getattr(policy, key)
+        for key, hint in _hints(type(policy)).items()
+        if _is_number(hint)
+    }
+    pairs = [f"{key}={value}" for key, value in numbers.items() if value is not None]
+    return f"{spec.name}:{','.join(pairs)}"
 
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> PolicySpec:
     """Read a policy, without looking at any file."""
-    name, _, rest = text.partition(":")
+    name, pairs = split_policy(text)
     cls = _streaming_policies().get(name)
     if cls is None:
         raise _not_to_be_named(name)
-    arguments = parse_arguments([pair for pair in rest.split(",") if pair])
-    own_budget = "budget" in _hints(cls)
-    for key in arguments:
-        if key in _hints(cls) and not _is_number(_hints(cls)[key]):
+    hints = _hints(cls)
+    for key in parse_arguments(pairs):
+        if key in hints and not _is_number(hints[key]):
             raise UserError(
                 f"{key}: a request sets numbers and switches alone, for {key} could "
                 "name a file; it is the server's"
             )
-    budget = None if own_budget else arguments.pop("budget", None)
-    create_policy(name, arguments)
-    parsed = None if budget is None else Budget.parse(budget)
-    return PolicySpec(text, name, tuple(arguments.items()), parsed)
+    return PolicySpec.parse(text)
 
 
 @lru_cache(maxsize=256)

@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to write a budget for every policy: a share of KV entries, or tokens.
+"""One way to write a policy, ``NAME:key=value,...``, and a budget for each of them.
 
 ``NAME:budget=0.25`` keeps a quarter of the entries of a request, ``NAME:budget=512``
 as many as 512 tokens have in every head. Policies have parameters of their own for it;
 ``RULES`` says which, and how they are set for a request of ``N`` tokens. Tokens are
 rounded down to whole pages, so that no policy gets more than its share.
+
+Every command, the Python API and a request's ``kv_policy`` read policies here. A
+server takes the longest request it serves for ``N``, ``kvserve eval`` the length it
+measures, a request its own prompt and longest reply.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from kvserve.errors import UserError
 from policies.base import DensePolicy, HeadBudget, ModelShape, Policy, StreamingPolicy
-from policies.registry import create_policy, parse_arguments
+from policies.registry import (
+    available_policies,
+    create_policy,
+    parse_arguments,
+    read_policy,
+)
 
 PAGE = 32
 SINKS = 32
@@ -92,40 +101,55 @@ class PolicySpec:
 
     Attributes:
         text: as it was typed; names the policy in reports.
-        name: a policy's name, or a TOML file.
+        name: the policy's name, also where a TOML file was typed.
         own: parameters given by their own names, which overrule the budget's.
         budget: what ``budget=`` said.
+        from_file: what the TOML file sets, which the budget's overrule.
     """
 
     text: str
     name: str
     own: tuple[tuple[str, Any], ...] = ()
     budget: Budget | None = None
+    from_file: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> PolicySpec:
+    def parse(
+        cls, text: str, arguments: Mapping[str, Any] = MappingProxyType({})
+    ) -> PolicySpec:
         """Read a policy.
+
+        Args:
+            arguments: parameters given besides, as by ``--policy-arg``; values may be
+                strings.
 
         Raises:
             UserError: unknown policy, malformed parameters or budget.
         """
-        name, _, rest = text.partition(":")
-        arguments = parse_arguments([pair for pair in rest.split(",") if pair])
-        budget = arguments.pop("budget", None)
-        create_policy(name, arguments)
-        parsed = Budget.parse(budget) if budget is not None else None
-        return cls(text, name, tuple(arguments.items()), parsed)
+        typed, pairs = split_policy(text)
+        own: dict[str, Any] = {**parse_arguments(pairs, f"--policy {typed}:")}
+        for key in arguments:
+            if key in own:
+                raise UserError(f"--policy-arg {key}: --policy {text} sets it as well")
+        own |= arguments
+        name, from_file = read_policy(typed)
+        budget = from_file.pop("budget", None)
+        budget = own.pop("budget", budget)
+        create_policy(name, {**from_file, **own})
+        parsed = Budget.parse(str(budget)) if budget is not None else None
+        return cls(text, name, tuple(own.items()), parsed, tuple(from_file.items()))
 
-    @cached_property
+    @property
     def rule(self) -> str:
-        """The name under which ``RULES`` lists the policy: not an alias or a file."""
-        return create_policy(self.name, dict(self.own)).name
+        """The name under which ``RULES`` lists the policy: not an alias."""
+        return available_policies()[self.name].name
 
     def with_share(self, share: float) -> PolicySpec:
         """The same policy with another budget."""
+        typed, _ = split_policy(self.text)
         parts = [*(f"{key}={value}" for key, value in self.own), f"budget={share:g}"]
-        text = f"{self.name}:{','.join(parts)}"
-        return PolicySpec(text, self.name, self.own, Budget(share=share))
+        text = f"{typed}:{','.join(parts)}"
+        return dataclasses.replace(self, text=text, budget=Budget(share=share))
 
     def arguments(self, length: int, model: ModelShape) -> Arguments:
         """Parameters of the policy for requests of ``length`` tokens.
@@ -133,18 +157,57 @@ class PolicySpec:
         Raises:
             UserError: the policy cannot have this budget, or serve this model.
         """
-        arguments: Arguments = dict(self.own)
+        given: Arguments = {**dict(self.from_file), **dict(self.own)}
+        arguments = given
         if self.budget is not None:
             share = self.budget.share_of(length)
             try:
-                translated = arguments_for(self.rule, share, length, model, arguments)
+                translated = arguments_for(self.rule, share, length, model, given)
             except UserError as error:
-                message = str(error).removeprefix(f"--policy {self.rule}: ")
+                flag = rf"--policy( {self.rule}:|-arg) "
+                message = re.sub(f"^{flag}", "", str(error))
                 raise UserError(f"--policy {self.text}: {message}") from None
-            arguments = translated | arguments
+            arguments = {**given, **translated, **dict(self.own)}
         shape = dataclasses.replace(model, max_tokens=max(length, 1))
         _check(create_policy(self.name, arguments), shape, length)
         return arguments
+
+    def without_budget(self) -> Policy:
+        """The policy as far as it is known before the model: its kind and record."""
+        return create_policy(self.name, {**dict(self.from_file), **dict(self.own)})
+
+    def create(self, model: ModelShape) -> Policy:
+        """The policy of a server, whose longest request a budget is a share of.
+
+        Raises:
+            UserError: the policy cannot have this budget.
+        """
+        if self.budget is None:
+            return self.without_budget()
+        return create_policy(self.name, self.arguments(model.max_tokens, model))
+
+
+def split_policy(text: str) -> tuple[str, list[str]]:
+    """Split ``NAME:key=value,key=value``, or ``FILE.toml:...``, at colon and commas."""
+    # A colon may be a part of a file's path; one before a parameter is not.
+    name, rest = text, ""
+    if not text.endswith(".toml") or "=" in text:
+        name, _, rest = text.partition(":")
+    return name, [pair for pair in rest.split(",") if pair]
+
+
+def split_policies(text: str) -> list[str]:
+    """Split a list of policies, ``none,h2o:budget=25%,norm=count,full``, at commas.
+
+    A ``key=value`` behind a comma belongs to the policy before it.
+    """
+    policies: list[str] = []
+    for part in text.split(","):
+        if policies and re.fullmatch(r"\w+=.*", part):
+            policies[-1] += f",{part}"
+        else:
+            policies.append(part)
+    return policies
 
 
 def arguments_for(
@@ -241,11 +304,13 @@ def _moa(
     try:
         _check(create_policy("moa", {**own, **exact}), shape, length)
     except UserError as error:
-        for made_for in range(length // LEAST * LEAST, 2 * LEAST - 1, -LEAST):
-            arguments = {"length": made_for}
-            policy = create_policy("moa", {**own, **arguments})
+        # Plans need not keep more for a longer request, so each length is tried; where
+        # there are many, every few pages.
+        step = max(length // LEAST // 64, 1) * LEAST
+        for made_for in range(length // LEAST * LEAST, 2 * LEAST - 1, -step):
+            policy = create_policy("moa", {**own, "length": made_for})
             if _kept_share(policy, shape, length) <= share:
-                return arguments
+                return {"length": made_for}
         raise UserError(str(error)) from None
     return exact
 

@@ -37,10 +37,8 @@ def create_policy(name: str, arguments: Mapping[str, Any] | None = None) -> Poli
     Raises:
         UserError: unknown policy or argument, or a value of the wrong type or range.
     """
-    values: dict[str, Any] = dict(arguments or {})
-    if name.endswith(".toml"):
-        name, from_file = _read_toml(Path(name).expanduser())
-        values = {**from_file, **values}
+    name, values = read_policy(name)
+    values |= arguments or {}
     policies = available_policies()
     if name not in policies:
         known = ", ".join(policies)
@@ -50,7 +48,7 @@ def create_policy(name: str, arguments: Mapping[str, Any] | None = None) -> Poli
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            known = ", ".join(sorted(fields)) or "none"
+            known = ", ".join(sorted(fields | {"budget"})) if fields else "none"
             raise UserError(
                 f"--policy-arg {key}: policy {name} has no such argument; it takes "
                 f"{known}"
@@ -58,17 +56,28 @@ def create_policy(name: str, arguments: Mapping[str, Any] | None = None) -> Poli
     return cls(**{k: _convert(k, v, hints[k]) for k, v in values.items()})
 
 
-def parse_arguments(pairs: list[str]) -> dict[str, str]:
-    """Parse ``key=value`` pairs as given to ``--policy-arg``."""
+def parse_arguments(pairs: list[str], flag: str = "--policy-arg") -> dict[str, str]:
+    """Parse ``key=value`` pairs; messages begin with ``flag`` and the pair."""
     arguments = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise UserError(f"--policy-arg {pair}: expected key=value")
+            raise UserError(f"{flag} {pair}: expected key=value")
         if key in arguments:
-            raise UserError(f"--policy-arg {key}: given twice")
+            raise UserError(f"{flag} {key}: given twice")
         arguments[key] = value
     return arguments
+
+
+def read_policy(name: str) -> tuple[str, dict[str, Any]]:
+    """Return a policy's name and what a file sets, if ``name`` is a TOML file.
+
+    Raises:
+        UserError: the file cannot be read, or names no policy.
+    """
+    if name.endswith(".toml"):
+        return _read_toml(Path(name).expanduser())
+    return name, {}
 
 
 def changed_arguments(policy: Policy) -> str:

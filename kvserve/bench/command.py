@@ -29,13 +29,15 @@ from kvserve.bench.workloads import (
 )
 from kvserve.errors import UserError
 from kvserve.units import parse_bytes
+from policies.budgets import PolicySpec, split_policies
 
 _EXAMPLES = """examples:
   kvserve bench                                  the embedded model, its default policy
   kvserve bench --url http://127.0.0.1:8000      a server that runs already
   kvserve bench --compare none,full,retrieval --workload long-document \\
     --kv-memory 256MiB --image bench.png --json bench.json
-  kvserve bench --compare none,sink-recent:recent=224 -- --max-model-len 4096
+  kvserve bench --compare none,h2o:budget=25%,norm=count -- --max-model-len 4096
+  kvserve bench --policy retrieval:budget=25% --policy snapkv:budget=25%
   kvserve bench --workload my.jsonl --rate 2 --concurrency 8
 
 What follows `--` goes to every `kvserve serve` that is started. A workload file has a
@@ -68,8 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--compare",
         metavar="POLICY,...",
-        help="start a server for each policy in turn, `none` for stock vLLM; give "
-        "arguments as NAME:KEY=VALUE or a TOML file",
+        help="start a server for each policy in turn, `none` for stock vLLM; a policy "
+        "is NAME[:KEY=VALUE,...] or a TOML file, as `kvserve serve --policy` takes it",
+    )
+    target.add_argument(
+        "--policy",
+        action="append",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="one policy of --compare; may be given several times",
     )
     parser.add_argument(
         "--kv-memory",
@@ -163,6 +171,9 @@ def _check(args: argparse.Namespace, server_flags: list[str]) -> None:
     if args.url and args.model:
         raise UserError("--url: serves the model it serves; leave the model out")
     parse_bytes(args.kv_memory, "--kv-memory")
+    for policy in named_policies(args):
+        if policy != "none":
+            PolicySpec.parse(policy)
     for name in ("image", "json", "write_workload"):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
@@ -193,33 +204,31 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     return requests[: args.requests]
 
 
-def _results(
-    args: argparse.Namespace, server_flags: list[str], load: Load
-) -> list[Result]:
+def _results(args: argparse.Namespace, further: list[str], load: Load) -> list[Result]:
     if args.url:
         return [measure(args.url.rstrip("/"), args.url, load)]
-    policies = args.compare.split(",") if args.compare else [""]
+    policies = named_policies(args) or [""]
     log = Path(tempfile.mkstemp(prefix="kvserve-bench-", suffix=".log")[1])
     print(f"kvserve: the servers' log is {log}", file=sys.stderr)
     results = []
     for policy in tqdm(policies, desc="policies", disable=len(policies) == 1):
-        flags = [*_server_flags(args, policy), *server_flags]
+        flags = [*flags_of(args, policy), *further]
         with running_server(flags, log) as base_url:
             results.append(measure(base_url, policy or "default policy", load))
     return results
 
 
-def _server_flags(args: argparse.Namespace, policy: str) -> list[str]:
-    """Flags of ``kvserve serve`` for ``NAME``, ``NAME:KEY=VALUE:...`` or a file."""
+def named_policies(args: argparse.Namespace) -> list[str]:
+    """The policies that were named, in their order."""
+    return split_policies(args.compare) if args.compare else args.policy or []
+
+
+def flags_of(args: argparse.Namespace, policy: str) -> list[str]:
+    """Flags of ``kvserve serve`` for a policy, or for its default."""
     size = parse_bytes(args.kv_memory, "--kv-memory")
     flags = [args.model] if args.model else []
     flags += ["--kv-cache-memory-bytes", str(size)]
-    if policy:
-        name, *arguments = policy.split(":")
-        flags += ["--policy", name]
-        for argument in arguments:
-            flags += ["--policy-arg", argument]
-    return flags
+    return [*flags, "--policy", policy] if policy else flags
 
 
 def measure(base_url: str, label: str, load: Load) -> Result:

@@ -15,6 +15,7 @@ from kvserve.engine.serve import (
     add_request_policies,
     choose_policy,
 )
+from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import fits, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
@@ -23,7 +24,8 @@ from kvserve.units import format_bytes, parse_bytes
 
 _EXAMPLES = """examples:
   kvserve plan --policy retrieval --max-model-len 8192 --kv-memory 512MiB
-  kvserve plan MODEL --policy sink-recent --policy-arg recent=480 --kv-memory 8G
+  kvserve plan MODEL --policy sink-recent:recent=480 --kv-memory 8G
+  kvserve plan --policy h2o:budget=25% --policy snapkv:budget=25% --kv-memory 512MiB
   kvserve plan --tensor-parallel-size 3 --kv-memory 512MiB    what ranks cost
   kvserve plan --kv-cache-dtype int8_per_token_head --kv-memory 512MiB
 
@@ -32,7 +34,7 @@ No weights are loaded.
 
 
 def plan(argv: list[str]) -> int:
-    """Print how many requests a pool holds under a policy and under ``full``."""
+    """Print how many requests a pool holds under policies and under ``full``."""
     parser = argparse.ArgumentParser(
         prog="kvserve plan",
         description="Show KV bytes a request and requests a pool, against the full "
@@ -67,12 +69,30 @@ def plan(argv: list[str]) -> int:
         metavar="TYPE",
         help="what pages hold, e.g. int8_per_token_head (default: the model's type)",
     )
-    add_policy_arguments(parser)
+    add_policy_arguments(parser, several=True)
     add_request_policies(parser)
     args = parser.parse_args(argv)
     memory = parse_bytes(args.kv_memory, "--kv-memory")
     model = resolve_model(args.model)
-    settings = choose_policy(args.policy, args.policy_arg, model)
+    policies: list[str | None] = list(dict.fromkeys(args.policy or [])) or [None]
+    if len(policies) > 1 and args.policy_arg:
+        raise UserError(
+            f"--policy-arg {args.policy_arg[0]}: of which policy? write --policy "
+            f"{policies[0]}:{args.policy_arg[0]}"
+        )
+    configs = [_check(args, policy, model, memory) for policy in policies]
+    if len(configs) == 1:
+        print(_report(configs[0], memory, args.max_num_seqs))
+    else:
+        print(_comparison(configs, memory))
+    return 0
+
+
+def _check(
+    args: argparse.Namespace, policy: str | None, model: str, memory: int
+) -> VllmConfig:
+    """Check that one policy can be served as was asked, and say what it keeps."""
+    settings = choose_policy(policy, args.policy_arg, model)
     if settings is None:
         raise UserError("--policy none: there is nothing to plan; try --policy full")
     settings = dataclasses.replace(
@@ -91,9 +111,40 @@ def plan(argv: list[str]) -> int:
             "enable_prefix_caching": False,
         },
     )
-    config = check_start(options, announce=True)
-    print(_report(config, memory, args.max_num_seqs))
-    return 0
+    return check_start(options, announce=True)
+
+
+def _comparison(configs: list[VllmConfig], memory: int) -> str:
+    """Lay policies side by side: KV bytes a request, and requests that fit."""
+    names = [PolicySettings.from_config(config).policy for config in configs]
+    widths = [max(len(name), 25) for name in names]
+    heads = [f"{name:>{width}}" for name, width in zip(names, widths, strict=True)]
+    page = page_bytes_of(configs[0])
+    lines = [
+        f"pool {format_bytes(memory)}: KV a request, share of the full cache, "
+        "requests that fit",
+        "",
+        "  ".join([f"{'tokens':>8}", f"{'full cache':>18}", *heads]),
+    ]
+    rules = [rule_of(config) for config in configs]
+    pools = [
+        memory // page_bytes_of(config) - scratch_of(config, rule) - 1
+        for config, rule in zip(configs, rules, strict=True)
+    ]
+    for length in _lengths(configs[0].model_config.max_model_len):
+        full = rules[0].full.pages(length)
+        fit = (memory // page - 1) // full
+        cells = [f"{length:>8}", f"{format_bytes(full * page):>10} {fit:>7}"]
+        for config, rule, pool, width in zip(
+            configs, rules, pools, widths, strict=True
+        ):
+            held = rule.pages(length)
+            size = format_bytes(held * page_bytes_of(config))
+            share = held / rule.full.pages(length)
+            cell = f"{size:>10} {share:>6.1%} {fits(rule, length, pool):>6}"
+            cells.append(f"{cell:>{width}}")
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:

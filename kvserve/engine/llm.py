@@ -26,8 +26,10 @@ class LLM(vllm.LLM):
 
     Args:
         model: a model name or directory; ``None`` is the embedded model.
-        policy: a policy name or a TOML file; ``None`` is stock vLLM.
-        policy_args: the policy's parameters.
+        policy: a policy as ``NAME[:KEY=VALUE,...]``, or a TOML file; ``None`` is stock
+            vLLM. Every policy takes ``budget``, a share of the KV entries of the
+            longest request (``25%``, ``0.25``) or tokens (``512``).
+        policy_args: more of the policy's parameters.
         allow_request_policies: let a request name another policy of positions, by
             ``SamplingParams(extra_args={"kv_policy": "sink-recent:recent=480"})``.
         vllm_kwargs: every argument of ``vllm.LLM``.
@@ -36,7 +38,7 @@ class LLM(vllm.LLM):
         UserError: a policy, profile or option that cannot be served.
 
     Example:
-        >>> LLM(policy="sink-recent", policy_args={"recent": 992}, max_model_len=4096)
+        >>> LLM(policy="sink-recent:budget=25%", max_model_len=4096)
     """
 
     def __init__(

@@ -124,7 +124,7 @@ def _on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
 def _prefix_caching(settings: PolicySettings, options: Mapping[str, Any]) -> bool:
     """Tell whether requests are to share pages: only where somebody asks for it."""
     asked: bool | None = options.get("enable_prefix_caching")
-    record = settings.create_policy().capabilities
+    record = settings.without_budget().capabilities
     if record.prefix_cacheable:
         if asked is None:
             print(
@@ -151,7 +151,7 @@ def _scheduler_for(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Name the scheduler of a policy that vLLM's own does not serve."""
-    policy, mixed = settings.create_policy(), settings.allow_request_policies
+    policy, mixed = settings.without_budget(), settings.allow_request_policies
     if isinstance(policy, DensePolicy):
         if mixed:
             raise UserError(
@@ -186,7 +186,7 @@ def stock_has_no_policies() -> UserError:
 
 def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
     """Tokens of a page: what the user asks for, unless the policy insists."""
-    policy = settings.create_policy()
+    policy = settings.without_budget()
     own = policy.page_size if isinstance(policy, StreamingPolicy) else None
     block_size: int = options.get("block_size") or own or PAGE_SIZE
     if block_size % PAGE_SIZE:

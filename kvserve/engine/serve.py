@@ -30,14 +30,15 @@ from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from kvserve.processor import settle_dtype
 from policies.head_scores import has_shipped_profile
-from policies.registry import create_policy, parse_arguments
+from policies.registry import parse_arguments
 
 STOCK = "none"
 """The policy name that leaves vLLM as it is."""
 
 _EXAMPLES = """examples:
   kvserve serve                                  the embedded model, port 8000
-  kvserve serve --policy sink-recent --policy-arg recent=992
+  kvserve serve --policy h2o:budget=25%          a quarter of the cache
+  kvserve serve --policy sink-recent:sinks=32,recent=992
   kvserve serve meta-llama/Llama-3.1-8B-Instruct --policy duo.toml
   kvserve serve --allow-request-policies         a request may name another policy:
                  "vllm_xargs": {"kv_policy": "full"} or "sink-recent:recent=480"
@@ -48,16 +49,21 @@ Every flag of `vllm serve` works; see --help=all.
 """
 
 
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--policy`` and ``--policy-arg``."""
+def add_policy_arguments(
+    parser: argparse.ArgumentParser, several: bool = False
+) -> None:
+    """Add ``--policy``, which ``several`` lets be given again, and ``--policy-arg``."""
     group = parser.add_argument_group("kvserve", "Per-head KV-cache policy")
+    again = "; give it again to compare" if several else ""
     group.add_argument(
         "--policy",
+        action="append" if several else "store",
         default=None,
-        metavar="NAME|FILE.toml",
+        metavar="NAME[:KEY=VALUE,...]|FILE.toml",
         help="cache policy, a TOML file that sets one, or `none` for stock vLLM; "
-        "see `kvserve policies`. Default: `retrieval` where a profile ships for the "
-        "model, else `full`",
+        "besides its own parameters every policy takes budget=25%% (of the KV entries "
+        "of the longest request) or budget=512 (tokens); see `kvserve policies`. "
+        f"Default: `retrieval` where a profile ships for the model, else `full`{again}",
     )
     group.add_argument(
         "--policy-arg",
@@ -121,8 +127,9 @@ def choose_policy(
                 "MODEL` and give --policy retrieval --policy-arg profile=FILE",
                 file=sys.stderr,
             )
-    create_policy(policy, arguments)
-    return PolicySettings(policy, dict(arguments))
+    settings = PolicySettings(policy, dict(arguments))
+    settings.without_budget()  # refuses a typing mistake before anything is loaded
+    return settings
 
 
 def serve(argv: list[str]) -> int:

@@ -9,14 +9,14 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from policies.base import Policy
-from policies.registry import create_policy
+from policies.budgets import PolicySpec
 
 CONFIG_KEY = "kvserve"
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A policy by name, or by TOML file, and the arguments that override it.
+    """A policy as typed, ``NAME[:KEY=VALUE,...]`` or a TOML file, and more arguments.
 
     ``allow_request_policies``: whether a request may name another one.
     """
@@ -38,5 +38,10 @@ class PolicySettings:
             values["allow_request_policies"] = True
         return {CONFIG_KEY: values}
 
-    def create_policy(self) -> Policy:
-        return create_policy(self.policy, self.policy_args)
+    @property
+    def spec(self) -> PolicySpec:
+        return PolicySpec.parse(self.policy, self.policy_args)
+
+    def without_budget(self) -> Policy:
+        """The policy before its model is known: its kind and record."""
+        return self.spec.without_budget()

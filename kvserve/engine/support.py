@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, PageFormat
 from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
+from policies.budgets import PolicySpec
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 _DENSE_EVERY = "dense_attention_every_n_layers"
@@ -57,8 +59,8 @@ def _declared_pattern(text_config: Any) -> tuple[tuple[str, Any], ...]:
 def rule_of(vllm_config: VllmConfig) -> Rule:
     """Return what makes the page plan of each request, under the config's policy."""
     settings = PolicySettings.from_config(vllm_config)
-    policy = settings.create_policy()
     model = model_shape_of(vllm_config)
+    policy = _policy_of(settings.spec, model)
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
     ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -90,6 +92,12 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         )
     rule.plan(max_tokens)  # refuses a model that the policy cannot serve
     return rule
+
+
+@lru_cache(maxsize=4)
+def _policy_of(spec: PolicySpec, model: ModelShape) -> Policy:
+    """Several parts of a process ask, and a budget may take a search to translate."""
+    return spec.create(model)
 
 
 def _check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:

@@ -16,7 +16,6 @@ from vllm.config import VllmConfig
 
 from kvserve.dense_plan import DenseRule
 from kvserve.engine.preflight import page_bytes_of
-from kvserve.engine.settings import PolicySettings
 from kvserve.engine.support import (
     fits,
     model_shape_of,
@@ -35,8 +34,8 @@ class ServedPolicy:
 
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
-        self._policy = PolicySettings.from_config(config).create_policy()
         self.rule = rule_of(config)
+        self._policy: Policy = self.rule.policy
         self.page_bytes = page_bytes_of(config)
 
     @property

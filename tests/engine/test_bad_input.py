@@ -53,6 +53,10 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--policy", "nope"], "--policy nope: unknown"),
         (["--policy", "/no/such.toml"], "--policy /no/such.toml"),
         (["--policy", "full", "--policy-arg", "sinks=1"], "no such argument"),
+        (["--policy", "full:sinks=1"], "no such argument; it takes none"),
+        (["--policy", "h2o:budget"], "--policy h2o: budget: expected key=value"),
+        (["--policy", "h2o:budget=2.5"], "budget=2.5: give a share"),
+        (["--policy", "h2o:norm=count", "--policy-arg", "norm=none"], "sets it as"),
         (["--policy", "sink-recent", "--policy-arg", "recent=0"], "at least 1"),
         (["--policy", "sink-recent", "--policy-arg", "recent=few"], "expected int"),
         (["--policy", "retrieval", "--policy-arg", "full_ratio=1.5"], "between"),
@@ -123,7 +127,7 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["--policy", "h2o", "--policy-arg", "norm=all"], "one of none, count"),
         (["--policy", "moa"], "no plan ships for tiny-gqa"),
-        (["--policy", "moa", "--policy-arg", "budget=2"], "between"),
+        (["--policy", "moa", "--policy-arg", "budget=1.5"], "give a share"),
         (["--policy", "moa", "--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
         (["--policy", "sharded"], "declares no block-sparse pattern"),
         (["--policy", "sharded", "--policy-arg", "pattern=all"], "one of kv, query"),
@@ -268,6 +272,23 @@ def test_plan_knows_what_pages_hold_and_what_requests_may_name(
         assert f"of {format_bytes(PAGE * token)} pages" in shown
     assert main([*argv, "--allow-request-policies"]) == 0
     assert "name a policy of its own" in capsys.readouterr().err
+
+
+def test_plan_lays_policies_side_by_side(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--kv-memory", "64M"]
+    argv += ["--max-model-len", "1024", "--policy", "h2o:budget=25%,norm=count"]
+    argv += ["--policy", "sink-recent:budget=512"]
+    assert main(argv) == 0
+    header, *_, last = capsys.readouterr().out.strip().splitlines()[2:]
+    assert header.split()[-2:] == [
+        "h2o:budget=25%,norm=count",
+        "sink-recent:budget=512",
+    ]
+    assert [word for word in last.split() if "%" in word] == ["25.0%", "50.0%"]
+    assert main([*argv, "--policy-arg", "norm=none"]) == 2
+    assert "--policy-arg norm=none: of which policy?" in capsys.readouterr().err
 
 
 def test_plan_says_what_uneven_ranks_cost(capsys: pytest.CaptureFixture[str]) -> None:

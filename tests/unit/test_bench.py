@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from kvserve.bench.command import Load, bench, measure
+from kvserve.bench.command import (
+    Load,
+    bench,
+    flags_of,
+    make_parser,
+    measure,
+    named_policies,
+)
 from kvserve.bench.result import Result, draw, table, write_json
 from kvserve.bench.scrape import Sample, Sampler, read_sample
 from kvserve.bench.workloads import (
@@ -217,6 +224,16 @@ def test_a_result_has_rates_of_the_run_and_peaks_of_the_server() -> None:
     assert result.itl.mean == pytest.approx(0.2)
     assert (result.most_running, result.peak_usage, result.preemptions) == (2, 0.5, 2)
     assert result.first_error == "ConnectionError: gone"
+
+
+def test_policies_are_named_as_for_serve() -> None:
+    h2o = "h2o:budget=25%,norm=count"
+    for flags in (["--compare", f"none,{h2o}"], ["--policy", "none", "--policy", h2o]):
+        args = make_parser().parse_args(flags)
+        assert named_policies(args) == ["none", h2o]
+    assert flags_of(make_parser().parse_args([]), h2o)[-2:] == ["--policy", h2o]
+    with pytest.raises(UserError, match="h2o has no such argument"):
+        bench(["--compare", "none,h2o:budget=25%,size=4"])
 
 
 def test_the_table_compares_throughput_with_the_first_row() -> None:

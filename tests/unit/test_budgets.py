@@ -13,7 +13,13 @@ from kvserve.dense_plan import DenseRule
 from kvserve.errors import UserError
 from kvserve.stream_rule import StreamRule
 from policies.base import DensePolicy, ModelShape, StreamingPolicy
-from policies.budgets import RULES, Budget, PolicySpec, arguments_for
+from policies.budgets import (
+    RULES,
+    Budget,
+    PolicySpec,
+    arguments_for,
+    split_policies,
+)
 from policies.registry import available_policies, create_policy
 
 SHAPE = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64)
@@ -100,6 +106,58 @@ def test_moa_says_what_its_plan_has_when_a_budget_is_too_large(moa_plan: str) ->
     spec = PolicySpec.parse(f"moa:plan={moa_plan},budget=0.01")
     with pytest.raises(UserError, match="--policy moa"):
         spec.arguments(4096, SHAPE)
+
+
+def test_text_arguments_and_files_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a:b.toml"
+    path.write_text('policy = "h2o"\nnorm = "count"\nbudget = "25%"\n')
+    served = dataclasses.replace(SHAPE, max_tokens=4096)
+    expected = create_policy("h2o", {"norm": "count", **dict.fromkeys(HALVES, 0.125)})
+    for spec in (
+        PolicySpec.parse("h2o:budget=25%,norm=count"),
+        PolicySpec.parse("h2o", {"budget": "25%", "norm": "count"}),
+        PolicySpec.parse("h2o:norm=count", {"budget": 0.25}),
+        PolicySpec.parse("h2o:budget=1024,norm=count"),
+        PolicySpec.parse(str(path)),
+    ):
+        assert spec.create(served) == expected
+        assert spec.name == "h2o"
+
+
+HALVES = ("heavy_ratio", "recent_ratio")
+
+
+def test_a_budget_overrules_a_file_and_is_overruled_by_what_is_typed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('policy = "sink-recent"\nsinks = 64\nrecent = 96\nbudget = 128\n')
+    served = dataclasses.replace(SHAPE, max_tokens=1024)
+    for arguments, sinks, recent in (
+        ({}, 32, 96),
+        ({"budget": "0.5"}, 32, 480),
+        ({"budget": "0.5", "sinks": 128}, 128, 480),
+    ):
+        policy = PolicySpec.parse(str(path), arguments).create(served)
+        assert policy == create_policy(
+            "sink-recent", {"sinks": sinks, "recent": recent}
+        )
+
+
+def test_a_parameter_that_is_set_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="--policy-arg norm: --policy h2o:norm=count"):
+        PolicySpec.parse("h2o:norm=count", {"norm": "none"})
+    with pytest.raises(UserError, match="--policy h2o: norm: given twice"):
+        PolicySpec.parse("h2o:norm=count,norm=none")
+
+
+def test_a_list_of_policies_keeps_parameters_with_their_policy() -> None:
+    assert split_policies("none,h2o:budget=25%,norm=count,./my.toml,full") == [
+        "none",
+        "h2o:budget=25%,norm=count",
+        "./my.toml",
+        "full",
+    ]
 
 
 def test_aliases_and_files_have_the_rule_of_their_policy(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_an_unknown_policy_is_answered_with_those_there_are() -> None:
 def test_an_unknown_argument_is_answered_with_those_there_are() -> None:
     message = refusal("sink-recent", {"window": 64})
     assert message.startswith("--policy-arg window: policy sink-recent has no such")
-    assert message.endswith("it takes recent, sinks")
+    assert message.endswith("it takes budget, recent, sinks")
     assert refusal("full", {"sinks": 1}).endswith("it takes none")
 
 

@@ -53,6 +53,8 @@ def plan_of(policy: StreamingPolicy, tokens: int = 2048) -> PagePlan:
         ("retrieval", Retrieval()),
         ("retrieval:full_ratio=0.1", Retrieval(full_ratio=0.1)),
         ("moa:budget=0.25", MoA(budget=0.25)),
+        ("moa:budget=25%", MoA(budget=0.25)),
+        ("moa:budget=0.45", MoA(length=1536)),
         ("moa:length=512", MoA(length=512)),
         ("sink-recent:budget=512", SinkRecent(32, 480)),
         ("sink-recent:budget=25%", SinkRecent(32, 480)),
