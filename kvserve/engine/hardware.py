@@ -29,6 +29,11 @@ def uses_triton() -> bool:
     return has_gpu()
 
 
+def takes_fp8() -> bool:
+    """Tell whether kernels can write and read fp8 here: GPUs can since 8.9 (Ada)."""
+    return not has_gpu() or current_platform.has_device_capability(89)
+
+
 def attention_slot() -> AttentionBackendEnum:
     """Name the backend that ours stands in for while a model loads.
 
@@ -82,7 +87,7 @@ def kernels_and_staging(
     """Make what runs on the device, and what brings a step's rows there.
 
     Args:
-        page_format: what pages hold; ``None``: the model's ``dtype``, as on every GPU.
+        page_format: what pages hold; ``None``: the model's ``dtype``.
         group_size: query heads that share a KV head.
         tables: made by one of the two classes above.
     """
@@ -95,6 +100,6 @@ def kernels_and_staging(
     from kvserve.engine.triton_device import TritonDevice
 
     assert isinstance(tables, WatchedTables | WatchedDenseTables)
-    on_gpu = TritonDevice(device, group_size)
+    on_gpu = TritonDevice(device, group_size, page_format)
     mirror = TableMirror(tables, device)
     return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size)

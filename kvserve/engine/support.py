@@ -18,7 +18,7 @@ from kvserve.dense_plan import DenseRule
 from kvserve.engine import hardware
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
-from kvserve.kernels.page_formats import FORMATS, PageFormat
+from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
 from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 from policies.budgets import PolicySpec
@@ -140,10 +140,10 @@ def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
             f"--kv-cache-dtype={asked}: cannot hold what a model in {own} caches under "
             f"a policy; choose {', '.join(FORMATS)} or {own}"
         )
-    if hardware.uses_triton():
+    if asked == FP8.name and not hardware.takes_fp8():
         raise UserError(
-            f"--kv-cache-dtype={asked}: kernels for such pages are for CPUs only so "
-            "far; leave it out"
+            f"--kv-cache-dtype={asked}: GPUs store fp8 since compute capability 8.9; "
+            f"use {INT8.name}, or leave it out"
         )
     return FORMATS[asked]
 

@@ -17,6 +17,7 @@ from kvserve.engine.head_major import HeadMajor
 from kvserve.engine.rows import RowShapes
 from kvserve.engine.uploads import upload
 from kvserve.kernels import statistics, triton_rows
+from kvserve.kernels.page_formats import PageFormat
 from kvserve.kernels.statistics import CachedRows
 
 
@@ -39,11 +40,21 @@ class TritonRows:
 
 
 class TritonDevice:
-    """Writes, reads and attends to pages ``[page_size, 2 * D]``, K before V."""
+    """Writes, reads and attends to pages ``[page_size, 2 * D]``, K before V.
 
-    def __init__(self, device: torch.device, group_size: int) -> None:
+    Args:
+        page_format: what pages hold; ``None``: the model's type.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        group_size: int,
+        page_format: PageFormat | None = None,
+    ) -> None:
         self.device = device
         self._group_size = group_size
+        self._format = page_format
         self._scores: torch.Tensor | None = None
 
     def plan_rows(self, shapes: RowShapes) -> TritonRows:
@@ -61,13 +72,22 @@ class TritonDevice:
         pool: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        triton_rows.write_rows(key, value, pool, slots)
+        triton_rows.write_rows(key, value, pool, slots, self._format)
 
     def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return pool[:, 0, :, : pool.shape[3] // 2][pages]
+        return self._read(pool, pages, 0)
 
     def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return pool[:, 0, :, pool.shape[3] // 2 :][pages]
+        return self._read(pool, pages, 1)
+
+    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
+        if self._format is None:
+            return pool[:, 0].chunk(2, dim=-1)[half][pages]
+        page_size = pool.shape[2]
+        content = pool.view(len(pool), -1).index_select(0, pages.flatten())
+        halves = self._format.halves_of_tokens(content, page_size)
+        tokens = self._format.read(*halves[half])
+        return tokens.view(*pages.shape, page_size, -1)
 
     def prepare_statistics(self, pool: torch.Tensor) -> None:
         shape = pool.shape[0], pool.shape[2], self._group_size
@@ -101,6 +121,7 @@ class TritonDevice:
             torch.empty_like(chosen),
             max_query_len=1,
             mass=triton_rows.Mass(mass, self._scores),
+            page_format=self._format,
         )
 
     def lightest_slots(
@@ -140,6 +161,7 @@ class TritonDevice:
             scale,
             out_rows,
             rows.most_queries,
+            page_format=self._format,
         )
         if not is_decode:
             order.put_back(out_rows, out)

@@ -5,8 +5,9 @@ A page of one-byte numbers has a float32 scale for each token's key and one for 
 value, chosen as the token is written: the greatest number becomes the greatest that a
 byte can say. vLLM calls that ``per_token_head``, since a page is of one head.
 
-A page is keys ``[d, page_size]``, values ``[page_size, d]``, then, where there are any,
-scales of keys and scales of values, ``[page_size]`` each.
+A page is numbers, then, where there are any, scales of keys and scales of values,
+``[page_size]`` each. Numbers are keys ``[d, page_size]`` and values ``[page_size, d]``
+for the CPU's kernels, and token by token ``[page_size, 2 * d]`` for a GPU's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEAST_SCALE = 1e-6
+LEAST_SCALE = 1e-6
+"""Of a token of zeros, say, whose greatest number is nothing to divide by."""
 _SCALE_BYTES = torch.float32.itemsize
 
 
@@ -59,7 +61,7 @@ class PageFormat:
             return tokens.to(self.number), None
         tokens = tokens.float()
         most = tokens.abs().amax(dim=-1, keepdim=True)
-        scales = (most / self.greatest).clamp(min=_LEAST_SCALE)
+        scales = (most / self.greatest).clamp(min=LEAST_SCALE)
         numbers = tokens / scales
         if self.number == torch.int8:
             numbers = numbers.round()
@@ -76,7 +78,7 @@ class PageFormat:
     def halves(
         self, content: Tensor, page_size: int
     ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Split pages into keys and values, with their scales.
+        """Split pages of a CPU into keys and values, with their scales.
 
         Args:
             content: ``[n, w]``, whole pages, of the pool's type.
@@ -84,16 +86,32 @@ class PageFormat:
         Returns:
             Twice numbers ``[n, page_size, d]`` and scales ``[n, page_size, 1]``.
         """
-        scale_bytes = 2 * page_size * _SCALE_BYTES if self.is_scaled else 0
-        size = content.shape[1] - scale_bytes
-        keys, values = content[:, :size].contiguous().view(self.number).chunk(2, dim=1)
+        numbers, (of_keys, of_values) = self._parts(content, page_size)
+        keys, values = numbers.chunk(2, dim=1)
         keys = keys.view(len(content), -1, page_size).transpose(1, 2)
         values = values.view(len(content), page_size, -1)
+        return (keys, of_keys), (values, of_values)
+
+    def halves_of_tokens(
+        self, content: Tensor, page_size: int
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Split pages of a GPU; arguments and result as of :meth:`halves`."""
+        numbers, (of_keys, of_values) = self._parts(content, page_size)
+        keys, values = numbers.view(len(content), page_size, -1).chunk(2, dim=2)
+        return (keys, of_keys), (values, of_values)
+
+    def _parts(
+        self, content: Tensor, page_size: int
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """Numbers ``[n, page_size * 2 * d]``; scales of keys, and of values."""
+        scale_bytes = 2 * page_size * _SCALE_BYTES if self.is_scaled else 0
+        size = content.shape[1] - scale_bytes
+        numbers = content[:, :size].contiguous().view(self.number)
         if not self.is_scaled:
-            return (keys, None), (values, None)
+            return numbers, (None, None)
         scales = content[:, size:].contiguous().view(torch.float32)
         of_keys, of_values = scales.view(len(content), 2, page_size, 1).unbind(1)
-        return (keys, of_keys), (values, of_values)
+        return numbers, (of_keys, of_values)
 
 
 BFLOAT16 = PageFormat("bfloat16", torch.bfloat16, torch.bfloat16)

@@ -7,6 +7,8 @@ Symbols: ``D`` head size, ``G`` query heads that share a KV head, ``W`` width of
 page table, ``n`` all queries of the call. The pool is contiguous
 ``[num_pages, 1, page_size, 2 * D]``; a token's K is ``pool[p, 0, t, :D]`` and its V,
 right behind it, ``pool[p, 0, t, D:]``. ``reference`` says the same in plain PyTorch.
+A page may hold other numbers than the query's, and then, at its end, a scale for each
+token's K and V: see ``page_formats``.
 
 Rows differ in length by orders of magnitude (a bounded head beside a full one), so no
 grid here is rows x longest row. Two kernels share a call:
@@ -43,6 +45,7 @@ def _attend(
     peak,
     mass,
     pool,
+    scales,
     pages,
     scores,
     scale,
@@ -50,6 +53,8 @@ def _attend(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -71,8 +76,9 @@ def _attend(
         token = start + lane
         ahead = token + BLOCK_N
         next_page = tl.load(pages + ahead // PAGE_SIZE, mask=ahead < last, other=0)
-        slot = page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE
-        here = pool + slot[:, None] * (2 * HEAD_SIZE) + dim[None, :]
+        place = token % PAGE_SIZE
+        number = page.to(tl.int64) * PAGE_STRIDE + place * (2 * HEAD_SIZE)
+        here = pool + number[:, None] + dim[None, :]
         if MASKED or HEAD_PAD != HEAD_SIZE:
             # V past the end must be 0, not what the page holds: 0 x NaN is NaN.
             wanted = (token < last)[:, None] & (dim < HEAD_SIZE)[None, :]
@@ -81,10 +87,19 @@ def _attend(
         else:
             key = tl.load(here)
             value = tl.load(here + HEAD_SIZE)
+        # Exact: no type of a page says more than the query's.
+        key = key.to(query.dtype)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if SCALED:
+            own = page.to(tl.int64) * (PAGE_STRIDE // 4) + place
+            own += PAGE_SIZE * 2 * HEAD_SIZE // 4
+            key_scale = tl.load(scales + own, mask=token < last, other=0.0)
+            value_scale = tl.load(scales + own + PAGE_SIZE, token < last, other=0.0)
+            score *= key_scale[None, :]
         if MASKED:
             score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
         if EMIT:
+            slot = page.to(tl.int64) * PAGE_SIZE + place
             emitted = (head < G)[:, None] & (token < last)[None, :]
             tl.store(scores + slot[None, :] * G + head[:, None], score, mask=emitted)
         new_peak = tl.maximum(peak, tl.max(score, 1))
@@ -93,9 +108,11 @@ def _attend(
         weight = tl.exp2(score - base[:, None])
         fade = tl.exp2(peak - base)
         mass = mass * fade + tl.sum(weight, 1)
+        if SCALED:
+            weight *= value_scale[None, :]
         acc = tl.dot(
-            weight.to(value.dtype),
-            value,
+            weight.to(query.dtype),
+            value.to(query.dtype),
             acc * fade[:, None],
             input_precision=PRECISION,
         )
@@ -164,6 +181,7 @@ def split_keys(split, splits, seq_len, BLOCK_N: tl.constexpr):
 def split_kernel(
     query,
     pool,
+    scales,
     query_start,
     seq_lens,
     page_table,
@@ -181,6 +199,8 @@ def split_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
@@ -211,12 +231,14 @@ def split_kernel(
     seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
-        q, first, whole, seen, acc, peak, mass, pool, pages, scores, scale,
-        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False, EMIT,
+        q, first, whole, seen, acc, peak, mass, pool, scales, pages, scores, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
+        PRECISION, False, EMIT,
     )  # fmt: skip
     acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, scores, scale,
-        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True, EMIT,
+        q, whole, last, seen, acc, peak, mass, pool, scales, pages, scores, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
+        PRECISION, True, EMIT,
     )  # fmt: skip
 
     if splits == 1:
@@ -302,6 +324,7 @@ def _find_tile(program, query_start, rows, BLOCK_Q: tl.constexpr):
 def tile_kernel(
     query,
     pool,
+    scales,
     query_start,
     seq_lens,
     page_table,
@@ -313,6 +336,8 @@ def tile_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -349,12 +374,14 @@ def tile_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
-        q, 0, whole, seen, acc, peak, mass, pool, pages, pool, scale,
-        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, False, False,
+        q, 0, whole, seen, acc, peak, mass, pool, scales, pages, pool, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
+        PRECISION, False, False,
     )  # fmt: skip
     acc, peak, mass = _attend(
-        q, whole, last, seen, acc, peak, mass, pool, pages, pool, scale,
-        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, BLOCK_N, PRECISION, True, False,
+        q, whole, last, seen, acc, peak, mass, pool, scales, pages, pool, scale,
+        G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
+        PRECISION, True, False,
     )  # fmt: skip
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

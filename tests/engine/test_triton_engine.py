@@ -68,7 +68,7 @@ def check_replies(folder: Path, names: list[str], *flags: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     for name in names:
         cpu, *ways = found[name]
-        assert cpu["device"] == "CPUDevice"
+        assert cpu["device"] in ("CPUDevice", "ConvertingCPUDevice")
         # The second way pads decode steps as CUDA graphs do.
         assert len(ways) == (1 if name == "h2o" else 2)
         for way in ways:
@@ -83,6 +83,14 @@ def test_replies_are_those_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_replies_of_preempted_requests_are_those_of_the_cpu(tmp_path: Path) -> None:
     check_replies(tmp_path, list(POLICIES), "--preempt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["int8_per_token_head", "fp8_per_token_head"])
+def test_replies_from_pages_of_bytes_are_those_of_the_cpu(
+    tmp_path: Path, cache: str
+) -> None:
+    check_replies(tmp_path, ["retrieval", "h2o"], "--cache", cache)
 
 
 @pytest.fixture

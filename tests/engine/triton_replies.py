@@ -2,13 +2,16 @@
 """Replies of one engine, on a CPU's own kernels and on a GPU's in Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m tests.engine.triton_replies MODEL POLICIES [--preempt]
+        [--cache TYPE]
 
-``POLICIES``, a JSON file, has each policy's arguments. Prints a JSON object: of each
-policy, the device that ran and the tokens of each reply, of every way to serve.
+``POLICIES``, a JSON file, has each policy's arguments. ``TYPE`` is what pages hold.
+Prints a JSON object: of each policy, the device that ran and the tokens of each reply,
+of every way to serve.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -30,7 +33,11 @@ MAX_REQUESTS = 4
 
 
 def replies(
-    model: Path, policy: str, values: dict[str, Any], is_padded: bool, preempts: bool
+    model: Path,
+    policy: str,
+    values: dict[str, Any],
+    is_padded: bool,
+    flags: argparse.Namespace,
 ) -> dict[str, Any]:
     """Serve in one batch, in chunks that cut prompts."""
     start = time.perf_counter()
@@ -42,13 +49,14 @@ def replies(
         max_num_batched_tokens=72,
         max_num_seqs=MAX_REQUESTS,
         kv_cache_memory_bytes=8 << 20,
+        kv_cache_dtype=flags.cache,
     )
     worker = engine._core.model_executor.driver_worker.worker
     if is_padded:
         pad_decode(worker.model_runner)
     prompts = random_prompts(LENGTHS, 512, seed=0)
     names = [engine.add(prompt, STEPS) for prompt in prompts]
-    if preempts:
+    if flags.preempt:
         for _ in range(PREEMPTED_AT):
             engine.step()
         engine.preempt_all()
@@ -84,8 +92,13 @@ def pad_decode(runner: Any) -> None:
 
 
 def main() -> None:
-    model, policies = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    preempts = "--preempt" in sys.argv
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("policies", type=Path)
+    parser.add_argument("--preempt", action="store_true")
+    parser.add_argument("--cache", default="auto")
+    flags = parser.parse_args()
+    policies = json.loads(flags.policies.read_text())
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
     for on_triton, is_padded in ((False, False), (True, False), (True, True)):
         hardware.uses_triton = lambda answer=on_triton: answer  # type: ignore[misc]
@@ -93,7 +106,8 @@ def main() -> None:
             # Graphs replay decode steps of policies of positions alone.
             positions = create_policy(name, values).capabilities.position_only
             if positions or not is_padded:
-                found[name].append(replies(model, name, values, is_padded, preempts))
+                way = replies(flags.model, name, values, is_padded, flags)
+                found[name].append(way)
     print(json.dumps(found))
 
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU's kernels compile for GPUs, without one: no operation that a GPU lacks, and
+no more of its registers and fast memory than it has.
+
+What they compute is for ``tests/kernels``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from kvserve.kernels import triton_rows
+from kvserve.kernels.page_formats import FP8, INT8, PageFormat
+from tests.unit.gpu_compiler import Compiled, compiling_for
+
+ROWS, PAGES, PAGE_SIZE, WIDTH = 4, 8, 32, 4096
+LEAST_SHARED = 99 << 10
+"""Bytes that a program may have on the smaller GPUs (8.6, 8.9)."""
+SHAPES = {"Llama-3.1-8B": (4, 128), "SmolLM2-135M": (3, 64), "one KV head": (8, 256)}
+
+
+def launch(
+    dtype: torch.dtype,
+    group: int,
+    head_size: int,
+    queries: int,
+    page_format: PageFormat | None = None,
+) -> None:
+    """Write, copy, and attend as a step of ``queries`` a row does, with statistics."""
+    pool = torch.zeros(PAGES, 1, PAGE_SIZE, 2 * head_size, dtype=dtype)
+    if page_format:
+        shape = page_format.pool_shape(PAGES, PAGE_SIZE, head_size)
+        pool = torch.zeros(shape, dtype=page_format.pool)
+    query = torch.zeros(ROWS * queries, group, head_size, dtype=dtype)
+    rows = (
+        torch.arange(ROWS + 1, dtype=torch.int32) * queries,
+        torch.ones(ROWS, dtype=torch.int32),
+        torch.zeros(ROWS, WIDTH, dtype=torch.int32),
+    )
+    mass = triton_rows.Mass(
+        torch.zeros(PAGES, PAGE_SIZE), torch.zeros(PAGES, PAGE_SIZE, group)
+    )
+    key = torch.zeros(ROWS, head_size, dtype=dtype)
+    slots = torch.zeros(ROWS, dtype=torch.int64)
+    triton_rows.write_rows(key, key, pool, slots, page_format)
+    triton_rows.copy_pages(pool, *torch.zeros(2, 1, dtype=torch.int64))
+    for statistics in (None, mass):
+        out = torch.empty_like(query)
+        triton_rows.row_attention(
+            query, pool, *rows, 1.0, out, queries, statistics, page_format
+        )
+
+
+@pytest.fixture(scope="module")
+def of_shape(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[int, str], list[Compiled]]:
+    """Kernels of each GPU and shape, decode and prompts in bfloat16."""
+    folder = tmp_path_factory.mktemp("triton")
+    found = {}
+    for capability in (80, 90):
+        for name, shape in SHAPES.items():
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                compiling_for(capability, folder, patch) as compiled,
+            ):
+                launch(torch.bfloat16, *shape, queries=512)
+            found[capability, name] = compiled
+    return found
+
+
+Kernels = dict[tuple[int, str], list[Compiled]]
+
+
+def test_every_kernel_compiles_and_fits_the_smaller_gpus(of_shape: Kernels) -> None:
+    for compiled in of_shape.values():
+        names = {kernel.name for kernel in compiled}
+        assert names == {
+            "split_kernel", "join_kernel", "tile_kernel", "mass_kernel",
+            "_write_kernel", "_copy_kernel",
+        }  # fmt: skip
+        assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
+
+
+def test_no_kernel_runs_out_of_registers_on_an_h100(of_shape: Kernels) -> None:
+    spilling = {
+        (shape, kernel.name)
+        for (capability, shape), compiled in of_shape.items()
+        for kernel in compiled
+        if capability == 90 and kernel.spills
+    }
+    assert not spilling
+
+
+def test_matrices_are_multiplied_by_tensor_cores(of_shape: Kernels) -> None:
+    for (capability, _), compiled in of_shape.items():
+        (tile,) = {k.ptx for k in compiled if k.name == "tile_kernel"}
+        assert ("wgmma" if capability == 90 else "mma.sync") in tile
+
+
+def test_decode_fetches_ahead(of_shape: Kernels) -> None:
+    for compiled in of_shape.values():
+        for kernel in compiled:
+            assert kernel.name != "split_kernel" or "cp.async" in kernel.ptx
+
+
+@pytest.mark.parametrize("page_format", [INT8, FP8], ids=lambda it: it.name)
+def test_kernels_of_pages_of_bytes_compile_and_fit(
+    page_format: PageFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with compiling_for(90, tmp_path, monkeypatch) as compiled:
+        launch(torch.bfloat16, 4, 128, 512, page_format)
+    assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
+    assert not {kernel.name for kernel in compiled if kernel.spills}
+
+
+def test_a_kernel_that_spills_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = triton_rows.Tile(256, 64, num_warps=4, num_stages=1)
+    monkeypatch.setattr(triton_rows, "many_queries_tile", lambda *_: tile)
+    with compiling_for(90, tmp_path, monkeypatch) as compiled:
+        launch(torch.bfloat16, 4, 128, queries=512)
+    assert any(kernel.spills for kernel in compiled)
