@@ -150,7 +150,7 @@ class DensePlan:
 def _capacity(lane: Lane) -> int:
     if lane.tail == "heavy":
         return lane.limit + 1
-    return lane.keep if lane.tail == "ring" else UNBOUNDED
+    return max(lane.keep, lane.limit) if lane.tail == "ring" else UNBOUNDED
 
 
 def blocks_of_each(tokens: IntArray, page_size: int) -> IntArray:

@@ -160,9 +160,9 @@ class StreamingPolicy(Policy):
 
 
 Tail = Literal["append", "ring", "heavy"]
-"""What becomes of generated tokens: ``append`` keeps them all, ``ring`` writes over
-the oldest of the last ``recent`` tokens, ``heavy`` over the token outside of the last
-``recent`` that has drawn the least attention."""
+"""What becomes of generated tokens: ``append`` keeps them all; a full ``ring`` writes
+over the oldest of the last ``recent`` tokens, a full ``heavy`` over the token outside
+of the last ``recent`` that has drawn the least attention."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ class Lane:
         keep: Prompt tokens that it keeps.
         tail: What becomes of generated tokens.
         recent: Last tokens that are safe; for ``ring`` and ``heavy`` only.
-        limit: Tokens from which a ``heavy`` lane evicts; it holds one more, for each
-            token takes part in the attention of its own step.
+        limit: Tokens from which a lane evicts, if more than it keeps. A ``heavy`` lane
+            holds one more, for each token takes part in the attention of its own step.
     """
 
     keep: int

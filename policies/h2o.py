@@ -2,7 +2,9 @@
 """Heavy hitters, by the attention they have drawn so far, and the last tokens.
 
 Source: H2O (arXiv 2306.14048, section 4, algorithm 1), with keys at their original
-positions. Budgets are shares of the prompt, as in the authors' code, and stay fixed.
+positions. Budgets are shares of the prompt, as in the authors' code; but a share of a
+short question is too little for a long reply, so a reply evicts from ``reply`` tokens
+on at the earliest.
 """
 
 from __future__ import annotations
@@ -53,6 +55,11 @@ class H2O(DensePolicy):
     recent: int | None = parameter(
         None, "last tokens as a number, instead of the share", minimum=_FLOOR
     )
+    reply: int = parameter(
+        256,
+        "tokens that a head may hold before a reply evicts, where shares give fewer",
+        minimum=2 * _FLOOR,
+    )
     norm: str = parameter(
         "none", "none: sums, as in the paper; count: over the queries that saw a token"
     )
@@ -73,7 +80,9 @@ class H2O(DensePolicy):
         limit = heavy + recent
         lane = Lane(min(tokens, limit))
         if self.decode:
-            lane = Lane(min(tokens, limit), "heavy", recent, limit)
+            least = 0 if self.heavy or self.recent else self.reply
+            grown = max(limit, least)
+            lane = Lane(lane.keep, "heavy", recent * grown // limit, grown)
         return ((lane,) * model.num_kv_heads,) * model.num_layers
 
     def _halves(self, tokens: int) -> tuple[int, int]:

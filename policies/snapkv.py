@@ -45,6 +45,15 @@ class SnapKV(DensePolicy):
     kernel: int = parameter(5, "width of pooling, odd", minimum=1)
     pooling: str = parameter("avg", "how neighbours' scores are pooled: avg or max")
     gqa_agg: str = parameter("mean", "query heads of a group: mean, sum or max")
+    bounded_tail: bool = parameter(
+        False,
+        "hold no more than `capacity`: generated tokens replace the last `recent`",
+    )
+    recent: int = parameter(
+        256,
+        "last tokens that stay under `bounded_tail`, at most half of `capacity`",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,17 +72,28 @@ class SnapKV(DensePolicy):
 
     def lanes(self, model: ModelShape, tokens: int) -> tuple[tuple[Lane, ...], ...]:
         lane = Lane(min(tokens, self.capacity))
+        if self.bounded_tail:
+            lane = Lane(lane.keep, "ring", self._ring, self.capacity)
         return ((lane,) * model.num_kv_heads,) * model.num_layers
+
+    @property
+    def _ring(self) -> int:
+        """Last tokens of a reply that is bounded."""
+        return min(self.recent, self.capacity // 2)
 
     def select(
         self, model: ModelShape, layer: int, prompt: Prompt, lanes: tuple[Lane, ...]
     ) -> Selection:
-        before = prompt.num_tokens - self.window
-        scores = observed_attention(prompt, self.gqa_agg).sum(dim=1)[:, :before]
-        scores = pooled(scores, self.kernel, self.pooling)
-        window = torch.arange(before, prompt.num_tokens, device=scores.device)
+        tokens, heads = prompt.num_tokens, list(range(len(lanes)))
+        if lanes[0].keep == tokens:
+            everything = torch.arange(tokens, device=prompt.keys.device)
+            return Selection(heads, [everything] * len(heads))
+        last = max(self.window, self._ring) if self.bounded_tail else self.window
+        scores = observed_attention(prompt, self.gqa_agg).sum(dim=1)
+        scores = pooled(scores[:, : tokens - self.window], self.kernel, self.pooling)
+        window = torch.arange(tokens - last, tokens, device=scores.device)
         positions = [
-            torch.cat([top_positions(score, lane.keep - self.window), window])
+            torch.cat([top_positions(score[: tokens - last], lane.keep - last), window])
             for score, lane in zip(scores, lanes, strict=True)
         ]
-        return Selection(list(range(len(lanes))), positions)
+        return Selection(heads, positions)

@@ -38,7 +38,6 @@ class DenseTables(PageTables):
         self.ring: IntArray = np.zeros(shape, dtype=np.int64)
         self.heavy = np.zeros(shape, dtype=bool)
         self.protected: IntArray = np.zeros(shape, dtype=np.int64)
-        self._prompt_tokens: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._held: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._dense_plans: dict[str, DensePlan] = {}
         self._lane_of_head: dict[str, IntArray] = {}
@@ -112,10 +111,11 @@ class DenseTables(PageTables):
         """
         rows, size = slice(len(seq_lens)), self._plan.page_size
         token = self.lane_tokens(seq_lens) - 1
-        generated = seq_lens - self._prompt_tokens[rows]
         ring = self.ring[:, rows]
-        turn = token + 1 - ring + (generated[:, None] - 1) % np.maximum(ring, 1)
-        token = np.where((ring > 0) & (generated[:, None] > 0), turn, token)
+        # Tokens that came when their lane was full, this one included.
+        over = seq_lens[:, None] - self.dropped[:, rows] - self.capacity[:, rows]
+        turn = token + 1 - ring + (over - 1) % np.maximum(ring, 1)
+        token = np.where((ring > 0) & (over > 0), turn, token)
         slot = (token // size)[..., None]
         page = np.take_along_axis(self.by_slot[:, rows], slot, axis=3)[..., 0]
         return page.astype(np.int64), token % size
@@ -129,7 +129,6 @@ class DenseTables(PageTables):
     def _lay_out(self, row: int, request_id: str) -> None:
         plan = self._dense_plans[request_id]
         lane_of_head = self._lane_of_head.get(request_id)
-        self._prompt_tokens[row] = plan.prompt_tokens
         if lane_of_head is None:
             self.dropped[:, row], self.capacity[:, row] = 0, UNBOUNDED
             self.ring[:, row], self.heavy[:, row] = 0, False

@@ -31,7 +31,12 @@ _H2O = {"heavy": 40, "recent": 48}
 _TASK = {"budget": 0.5, "beta": 0.5, "m": 1, "sinks": 8, "recent": 40}
 ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "snapkv": ("snapkv", {"capacity": 100, "window": 16}),
+    "snapkv, bounded": (
+        "snapkv",
+        {"capacity": 100, "window": 16, "bounded_tail": True, "recent": 40},
+    ),
     "h2o": ("h2o", _H2O),
+    "h2o by shares": ("h2o", {"heavy_ratio": 0.1, "recent_ratio": 0.1, "reply": 100}),
     "h2o by count": ("h2o", {**_H2O, "norm": "count"}),
     "h2o after prefill": ("h2o", {**_H2O, "decode": False}),
     "heterogeneous": ("heterogeneous", _TASK),
@@ -42,6 +47,8 @@ CASES = pytest.mark.parametrize("case", ARGUMENTS)
 
 def reference_of(case: str, model: Model) -> Reference:
     _, values = ARGUMENTS[case]
+    if case == "h2o by shares":
+        return H2OReference(shares=(0.1, 0.1), reply=100)
     if case.startswith("h2o"):
         return H2OReference(
             values["heavy"],
@@ -49,8 +56,9 @@ def reference_of(case: str, model: Model) -> Reference:
             count=values.get("norm") == "count",
             decode=values.get("decode", True),
         )
-    if case == "snapkv":
-        return SnapKVReference(values["capacity"], values["window"])
+    if case.startswith("snapkv"):
+        ring = values["recent"] if values.get("bounded_tail") else 0
+        return SnapKVReference(values["capacity"], values["window"], ring=ring)
     return TaskKVReference(
         num_layers=model.shape.num_layers,
         budget=str(values["budget"]),

@@ -61,45 +61,68 @@ class SnapKVReference(Reference):
     capacity: int
     window: int
     kernel: int = 5
+    ring: int = 0
 
     def keep(self, layer: int, attention: Tensor, values: Tensor) -> list[set[int]]:
         heads, tokens = len(values), attention.shape[1]
-        kept = []
+        if tokens <= self.capacity:
+            return [set(range(tokens)) for _ in range(heads)]
+        kept, last = [], max(self.window, self.ring)
         for head in range(heads):
             rows = of_group(attention, head, heads)[:, tokens - self.window :]
             scores = rows.double().mean(dim=0).sum(dim=0).tolist()
             scores = average_pool(scores[: tokens - self.window], self.kernel)
-            heavy = best(dict(enumerate(scores)), self.capacity - self.window)
-            kept.append(heavy | set(range(tokens - self.window, tokens)))
+            before = dict(enumerate(scores[: tokens - last]))
+            heavy = best(before, self.capacity - last)
+            kept.append(heavy | set(range(tokens - last, tokens)))
         return kept
+
+    def make_room(self, cache: dict[int, float], prompt: int) -> int | None:
+        if not self.ring or len(cache) < self.capacity:
+            return None
+        return sorted(cache)[-self.ring]
 
 
 @dataclass
 class H2OReference(Reference):
-    heavy: int
-    recent: int
+    """``shares`` of the prompt make both halves, and a reply may fill ``reply``."""
+
+    heavy: int = 32
+    recent: int = 32
     count: bool = False
     decode: bool = True
+    shares: tuple[float, float] | None = None
+    reply: int = 0
+
+    def halves(self, tokens: int) -> tuple[int, int]:
+        if self.shares is None:
+            return self.heavy, self.recent
+        heavy, recent = (int(share * tokens) for share in self.shares)
+        return max(heavy, self.heavy), max(recent, self.recent)
 
     def keep(self, layer: int, attention: Tensor, values: Tensor) -> list[set[int]]:
         heads, tokens = len(values), attention.shape[1]
-        if tokens <= self.heavy + self.recent:
+        heavy, recent = self.halves(tokens)
+        if tokens <= heavy + recent:
             return [set(range(tokens)) for _ in range(heads)]
         kept = []
         for head in range(heads):
             sums = self.score(attention, head, heads)
             old = {
                 j: sums[j] / (tokens - j) if self.count else sums[j]
-                for j in range(tokens - self.recent)
+                for j in range(tokens - recent)
             }
-            last = set(range(tokens - self.recent, tokens))
-            kept.append(best(old, self.heavy) | last)
+            last = set(range(tokens - recent, tokens))
+            kept.append(best(old, heavy) | last)
         return kept
 
     def evict(self, cache: dict[int, float], prompt: int, own: int) -> int | None:
-        if not self.decode or len(cache) <= self.heavy + self.recent:
+        heavy, recent = self.halves(prompt)
+        limit = max(heavy + recent, self.reply)
+        if not self.decode or len(cache) <= limit:
             return None
-        old = [j for j in cache if j <= own - self.recent]
+        safe = recent * limit // (heavy + recent)
+        old = [j for j in cache if j <= own - safe]
         seen_by = {j: own + 1 - j if self.count else 1 for j in old}
         return min(old, key=lambda j: (cache[j] / seen_by[j], j))
 

@@ -25,9 +25,9 @@ def dense_plans(draw: st.DrawFn) -> DensePlan:
         if tail == "append":
             return Lane(keep)
         recent = draw(st.integers(1, keep))
+        limit = draw(st.integers(keep, keep + 10))
         if tail == "ring":
-            return Lane(keep, "ring", recent)
-        limit = keep if keep < prompt else draw(st.integers(keep, keep + 10))
+            return Lane(keep, "ring", recent, draw(st.sampled_from([0, limit])))
         return Lane(keep, "heavy", recent, limit)
 
     layers = draw(st.integers(1, 3))
@@ -38,9 +38,9 @@ def dense_plans(draw: st.DrawFn) -> DensePlan:
 
 
 def lane_tokens(lane: Lane, generated: int) -> int:
-    if lane.tail == "ring":
-        return lane.keep
     grown = lane.keep + generated
+    if lane.tail == "ring":
+        return min(grown, max(lane.keep, lane.limit))
     return grown if lane.tail == "append" else min(grown, lane.limit + 1)
 
 

@@ -98,8 +98,19 @@ def test_h2o_sizes_are_shares_of_the_prompt_or_numbers() -> None:
     assert lane == Lane(800, "heavy", 400, 800)
     (lane, *_), *_ = H2O(heavy=100, recent=60, decode=False).lanes(GQA, 4000)
     assert lane == Lane(160)
-    (lane, *_), *_ = H2O().lanes(GQA, 50)
+    (lane, *_), *_ = H2O(reply=64).lanes(GQA, 50)
     assert lane == Lane(50, "heavy", 32, 64)
+
+
+def test_a_reply_may_fill_what_shares_of_a_short_prompt_do_not() -> None:
+    (lane, *_), *_ = H2O().lanes(GQA, 25)
+    assert lane == Lane(25, "heavy", 128, 256)
+    (lane, *_), *_ = H2O(heavy_ratio=0.05, recent_ratio=0.15).lanes(GQA, 1000)
+    assert lane == Lane(200, "heavy", 192, 256)
+    (lane, *_), *_ = H2O().lanes(GQA, 4000)
+    assert lane == Lane(800, "heavy", 400, 800)
+    (lane, *_), *_ = H2O(heavy=32, recent=32).lanes(GQA, 25)
+    assert lane == Lane(25, "heavy", 32, 64)
 
 
 def test_far_heads_of_each_layer_are_those_of_the_paper() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,37 @@ def test_a_bad_value_in_a_file_is_refused_by_name(
 
 def test_none_is_a_value_where_the_parameter_allows_it() -> None:
     assert create_policy("retrieval", {"profile": None}) == create_policy("retrieval")
+
+
+_ROOT = Path(__file__).parents[2]
+_PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+_KEY = r"`(\w+)=[^`]*`"
+
+
+def parameters_of(name: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(available_policies()[name])}
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
+def test_every_parameter_that_a_page_gives_a_policy_exists(page: Path) -> None:
+    names = "|".join(available_policies())
+    for name, pairs in re.findall(
+        rf"\b({names}):((?:\w+=[^\s,`]+,?)+)", page.read_text()
+    ):
+        keys = {pair.partition("=")[0] for pair in pairs.rstrip(",").split(",")}
+        assert keys <= parameters_of(name) | {"budget"}, f"{name}:{pairs}"
+    known = set().union(*map(parameters_of, available_policies()), {"budget"})
+    arguments = re.findall(r"--policy-arg (\w+)=", page.read_text())
+    assert {key for key in arguments if key != "key"} <= known
+
+
+def test_a_remark_on_policies_names_parameters_that_each_of_them_has() -> None:
+    checked = 0
+    for remark in (_ROOT / "docs/policies.md").read_text().split("\n* "):
+        head = re.match(r"(?:`[\w-]+`(?:, )?)+", remark)
+        names = re.findall(r"`([\w-]+)`", head[0]) if head else []
+        for name in {*names} & {*available_policies()}:
+            for key in re.findall(_KEY, remark):
+                assert key in parameters_of(name), f"{name} has no {key}"
+                checked += 1
+    assert checked > 4
