@@ -41,7 +41,7 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
     if not profile and not path.exists():
         raise UserError(
             f"--policy retrieval: no profile ships for {model.name}; run "
-            f"`kvserve profile retrieval MODEL` and pass "
+            f"`kvserve profile retrieval --fast MODEL` and pass "
             f"`--policy-arg profile=FILE`, or choose `--policy full`"
         )
     try:

@@ -92,7 +92,7 @@ def _check(
     args: argparse.Namespace, policy: str | None, model: str, memory: int
 ) -> VllmConfig:
     """Check that one policy can be served as was asked, and say what it keeps."""
-    settings = choose_policy(policy, args.policy_arg, model)
+    settings = choose_policy(policy, args.policy_arg, model, measure=False)
     if settings is None:
         raise UserError("--policy none: there is nothing to plan; try --policy full")
     settings = dataclasses.replace(

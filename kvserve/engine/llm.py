@@ -19,6 +19,7 @@ from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
 from kvserve.models import resolve_model
 from kvserve.processor import settle_dtype
+from kvserve.profiling.fast import profile_arguments
 
 
 class LLM(vllm.LLM):
@@ -28,7 +29,8 @@ class LLM(vllm.LLM):
         model: a model name or directory; ``None`` is the embedded model.
         policy: a policy as ``NAME[:KEY=VALUE,...]``, or a TOML file; ``None`` is stock
             vLLM. Every policy takes ``budget``, a share of the KV entries of the
-            longest request (``25%``, ``0.25``) or tokens (``512``).
+            longest request (``25%``, ``0.25``) or tokens (``512``). ``retrieval`` has
+            a model measured, once, for which no profile ships.
         policy_args: more of the policy's parameters.
         allow_request_policies: let a request name another policy of positions, by
             ``SamplingParams(extra_args={"kv_policy": "sink-recent:recent=480"})``.
@@ -54,9 +56,10 @@ class LLM(vllm.LLM):
         options: dict[str, Any] = {"model": resolve_model(model), **vllm_kwargs}
         options["dtype"] = settle_dtype(options.get("dtype"))
         if policy is not None:
-            settings = PolicySettings(
-                policy, dict(policy_args or {}), allow_request_policies
+            arguments = profile_arguments(
+                policy, dict(policy_args or {}), options["model"], make=True
             )
+            settings = PolicySettings(policy, arguments, allow_request_policies)
             options = engine_options(settings, options)
             check_start(options)
         elif allow_request_policies:

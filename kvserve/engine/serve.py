@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -29,6 +30,7 @@ from kvserve.http.draining import engine_died
 from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from kvserve.processor import settle_dtype
+from kvserve.profiling.fast import profile_arguments
 from policies.head_scores import has_shipped_profile
 from policies.registry import parse_arguments
 
@@ -110,10 +112,14 @@ def _check_request_policies(
 
 
 def choose_policy(
-    policy: str | None, policy_args: list[str], model: str
+    policy: str | None, policy_args: list[str], model: str, measure: bool = True
 ) -> PolicySettings | None:
-    """Settle the policy; ``None`` means stock vLLM."""
-    arguments = parse_arguments(policy_args)
+    """Settle the policy; ``None`` means stock vLLM.
+
+    Args:
+        measure: make the profile that the policy needs and nobody has made.
+    """
+    arguments: dict[str, Any] = {**parse_arguments(policy_args)}
     if policy == STOCK:
         if arguments:
             raise UserError("--policy-arg: --policy none takes no arguments")
@@ -123,13 +129,13 @@ def choose_policy(
         if policy == "full":
             print(
                 f"kvserve: no profile ships for {Path(model).name}: policy full, "
-                "which evicts nothing; to compress, run `kvserve profile retrieval "
-                "MODEL` and give --policy retrieval --policy-arg profile=FILE",
+                "which evicts nothing; to compress, give --policy retrieval, which "
+                "measures the model once, or --policy sink-recent:budget=25%",
                 file=sys.stderr,
             )
-    settings = PolicySettings(policy, dict(arguments))
-    settings.without_budget()  # refuses a typing mistake before anything is loaded
-    return settings
+    # Refuses typing mistakes before anything is loaded.
+    settled = profile_arguments(policy, arguments, model, make=measure)
+    return PolicySettings(policy, settled)
 
 
 def serve(argv: list[str]) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import shlex
 import sys
@@ -31,6 +32,7 @@ from kvserve.evaluation.tasks import Task, built_in
 from kvserve.evaluation.user_task import load_user_task
 from kvserve.models import EMBEDDED_MODEL
 from kvserve.processor import default_dtype
+from kvserve.profiling.fast import profile_arguments
 from kvserve.units import parse_bytes
 from policies.budgets import PolicySpec
 
@@ -155,7 +157,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     store: Store | None = None
     try:
         if args.find_budget is not None:
-            spec = _only_policy(args)
+            spec = _only_policy(args, work)
             store = Store(args.out, work.conditions)
             return _find(args, work, store, command, spec)
         contenders = _contenders(args, work)
@@ -285,7 +287,7 @@ def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:
 
 def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:
     """Policies as they were given, the full cache first, then servers."""
-    specs = [PolicySpec.parse(text) for text in dict.fromkeys(args.policy)]
+    specs = [_parse(text, work) for text in dict.fromkeys(args.policy)]
     servers: list[Contender] = [
         ServerContender.parse(text, work.model, work.longest) for text in args.url
     ]
@@ -304,10 +306,17 @@ def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:
     return found
 
 
-def _only_policy(args: argparse.Namespace) -> PolicySpec:
+def _parse(text: str, work: Work) -> PolicySpec:
+    """Read a policy, with the profile that it needs of the model."""
+    spec = PolicySpec.parse(text)
+    added = profile_arguments(text, {}, work.model.path, make=True)
+    return dataclasses.replace(spec, from_file=(*spec.from_file, *added.items()))
+
+
+def _only_policy(args: argparse.Namespace, work: Work) -> PolicySpec:
     if len(args.policy) != 1 or args.url:
         raise UserError("--find-budget: give exactly one --policy, and no --url")
-    spec = PolicySpec.parse(args.policy[0])
+    spec = _parse(args.policy[0], work)
     if spec.budget is not None:
         raise UserError(f"--policy {spec.text}: --find-budget sets its budget")
     if spec.rule == REFERENCE:

@@ -35,7 +35,6 @@ _WINDOW_BLOCKS = 4
 _MIN_LENGTH = 640
 _NEEDLES = (6, 10)
 _LEARNING_RATE = 0.05
-_SAVE_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,24 @@ def train_gates(
             divergence = _learn(model, attention, run, recital, settings)
             bar.set_postfix_str(f"KL {divergence:.3f}, open {run.mean_gate:.0%}")
             bar.update()
-            if run.step % _SAVE_EVERY == 0 or run.step == steps:
-                torch.save(run.state_dict(), store)
+            _save(run, store)
     return run.total.cpu() / steps
+
+
+def gates_so_far(store: Path) -> Tensor | None:
+    """Return the average of a training that was stopped, ``None`` before its start."""
+    if not store.exists():
+        return None
+    state = torch.load(store, map_location="cpu")
+    average: Tensor = state["total"] / state["step"]
+    return average
+
+
+def _save(run: _Run, store: Path) -> None:
+    """Remember a step; whoever is stopped while writing has the step before."""
+    unfinished = store.with_suffix(".part")
+    torch.save(run.state_dict(), unfinished)
+    unfinished.replace(store)
 
 
 class _Run:

@@ -34,7 +34,8 @@ from kvserve.evaluation.haystack import load_book, load_text
 from kvserve.evaluation.needles import NeedlePrompt, build_prompt
 from kvserve.models import resolve_model
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
-from kvserve.profiling.gates import GateSettings, train_gates
+from kvserve.profiling.fast import profile_fast
+from kvserve.profiling.gates import GateSettings, gates_so_far, train_gates
 from kvserve.profiling.heat_map import draw_heat_map
 from kvserve.profiling.runs import (
     add_files,
@@ -48,12 +49,18 @@ from kvserve.profiling.runs import (
     store_path,
     to_lines,
 )
+from policies.head_scores import PROFILE_FORMAT
 
-FORMAT = "kvserve-retrieval/1"
-_EXAMPLE = """example:
+UNFINISHED = "retrieval.unfinished.json"
+"""What a run that was stopped leaves: a profile of what it has found so far."""
+_EXAMPLE = """examples:
+  kvserve profile retrieval --fast Qwen/Qwen2.5-0.5B-Instruct --out profiles/qwen
   kvserve profile retrieval Qwen/Qwen2.5-0.5B-Instruct --out profiles/qwen
   kvserve serve Qwen/Qwen2.5-0.5B-Instruct --policy retrieval \\
       --policy-arg profile=profiles/qwen/retrieval.json
+
+`kvserve serve --policy retrieval` makes a fast profile by itself. Ctrl-C shows what the
+long one has found so far; the same command goes on.
 """
 
 
@@ -129,7 +136,7 @@ def profile_retrieval(
     """Measure the retrieval score of every head and write it to ``out_dir``.
 
     Finished instances are remembered in the cache directory: a run that was stopped
-    goes on where it was.
+    goes on where it was, and leaves ``UNFINISHED`` in ``out_dir``.
 
     Args:
         data: Prose to hide needles in; ``None`` is the book that ships.
@@ -146,37 +153,66 @@ def profile_retrieval(
         "--gate-length": settings.gate_length if settings.gate_steps else 0,
     }
     model, tokenizer = load_model(model_dir, needed)
-    done = _measure(model_dir, model, tokenizer, settings, text, progress)
-    kept = [instance for instance in done if instance.recall > settings.min_recall]
-    if not kept:
-        raise UserError(
-            f"{Path(model_dir).name} found none of {len(done)} needles: try a smaller "
-            "--max-length, or --data with text that the model reads well"
-        )
-    config = model.config.get_text_config()
-    num_kv_heads = config.num_key_value_heads
-    scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
-    for instance in kept:
-        for (layer, head), value in instance.copied.items():
-            scores[layer, head] += value / len(kept)
-    data_name = data.name if data else PROFILING.book
-    profile = {
-        "format": FORMAT,
-        "model": Path(model_dir).name,
-        "num_layers": scores.shape[0],
-        "num_query_heads": scores.shape[1],
-        "num_kv_heads": num_kv_heads,
-        "query_head_scores": rounded(scores),
-        "kv_head_scores": rounded(kv_head_scores(scores, num_kv_heads)),
-        **_gates(model_dir, model, tokenizer, settings, text, progress),
-        "settings": {**dataclasses.asdict(settings), "data": data_name},
-        "instances": {"run": len(done), "kept": len(kept)},
-    }
+    done: list[Instance] = []
     out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / "retrieval.json"
+    path, unfinished = out_dir / "retrieval.json", out_dir / UNFINISHED
+    about = _About(Path(model_dir).name, model.config.get_text_config(), settings, data)
+    try:
+        _measure(model_dir, model, tokenizer, settings, text, progress, done)
+        if not _kept(done, settings):
+            raise UserError(
+                f"{about.model} found none of {len(done)} needles: try a smaller "
+                "--max-length, or --data with text that the model reads well"
+            )
+        gates = _gates(model_dir, model, tokenizer, settings, text, progress)
+    except KeyboardInterrupt:
+        if _kept(done, settings):
+            gates = _gates_so_far(model_dir, settings, text)
+            unfinished.write_text(to_lines(about.profile(done, gates)))
+        raise
+    profile = about.profile(done, gates)
     path.write_text(to_lines(profile))
     draw_heat_map(profile, out_dir / "retrieval.png")
+    unfinished.unlink(missing_ok=True)
     return path
+
+
+def _kept(done: list[Instance], settings: RetrievalSettings) -> list[Instance]:
+    """The needles that the model found, which alone count."""
+    return [instance for instance in done if instance.recall > settings.min_recall]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a profile says besides what was found."""
+
+    model: str
+    config: Any
+    settings: RetrievalSettings
+    data: Path | None
+
+    def profile(self, done: list[Instance], gates: dict[str, Any]) -> dict[str, Any]:
+        """Lay out what was found as it is written to the file."""
+        config, kept = self.config, _kept(done, self.settings)
+        scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
+        for instance in kept:
+            for (layer, head), value in instance.copied.items():
+                scores[layer, head] += value / len(kept)
+        data = self.data.name if self.data else PROFILING.book
+        return {
+            "format": PROFILE_FORMAT,
+            "model": self.model,
+            "num_layers": scores.shape[0],
+            "num_query_heads": scores.shape[1],
+            "num_kv_heads": config.num_key_value_heads,
+            "query_head_scores": rounded(scores),
+            "kv_head_scores": rounded(
+                kv_head_scores(scores, config.num_key_value_heads)
+            ),
+            **gates,
+            "settings": {**dataclasses.asdict(self.settings), "data": data},
+            "instances": {"run": len(done), "kept": len(kept)},
+        }
 
 
 def kv_head_scores(query_head_scores: Tensor, num_kv_heads: int) -> Tensor:
@@ -193,6 +229,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EXAMPLE
     add_files(parser, "retrieval", "the needles")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="a few backward passes instead, about a minute for 0.5B parameters on "
+        "two cores; other flags but --out change nothing",
+    )
     add_flags(parser, RetrievalSettings, _HELP)
 
 
@@ -217,7 +259,14 @@ def run(args: argparse.Namespace) -> int:
     settings = read_flags(args, RetrievalSettings)
     model_dir = resolve_model(args.model)
     out_dir = args.out or profile_folder(model_dir)
-    path = profile_retrieval(model_dir, settings, out_dir, data=args.data)
+    if args.fast:
+        print(f"wrote {profile_fast(model_dir, out_dir)}")
+        return 0
+    try:
+        path = profile_retrieval(model_dir, settings, out_dir, data=args.data)
+    except KeyboardInterrupt:
+        _show_unfinished(out_dir)
+        return 130
     profile = json.loads(path.read_text())
     scores = torch.tensor(profile["query_head_scores"])
     found = int((scores >= settings.threshold).sum())
@@ -227,6 +276,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show_unfinished(out_dir: Path) -> None:
+    """Say what a run that was stopped has found, and how it goes on."""
+    path = out_dir / UNFINISHED
+    if not path.exists():
+        print("\nkvserve: stopped before the first needle; the same command goes on")
+        return
+    profile = json.loads(path.read_text())
+    kind = "kv_head_gates" if "kv_head_gates" in profile else "kv_head_scores"
+    best = sorted(
+        (
+            (score, f"{layer}-{head}")
+            for layer, row in enumerate(profile[kind])
+            for head, score in enumerate(row)
+        ),
+        reverse=True,
+    )[:8]
+    shown = ", ".join(f"{name} ({score:.2f})" for score, name in best)
+    print(
+        f"\nkvserve: stopped after {profile['instances']['run']} needles, of which "
+        f"{profile['instances']['kept']} were found. Best KV heads so far, layer-head: "
+        f"{shown}. {path} can be served as it is; the same command goes on."
+    )
+
+
 def _measure(
     model_dir: str,
     model: Any,
@@ -234,13 +307,13 @@ def _measure(
     settings: RetrievalSettings,
     text: str,
     progress: bool,
-) -> list[Instance]:
-    """Run the instances that the cache directory does not hold yet; return all."""
+    instances: list[Instance],
+) -> None:
+    """Run the instances that the cache directory does not hold yet; append to all."""
     store = store_path(model_dir, dataclasses.astuple(settings), text)
     done = finished(store, Instance.from_json)
     probe = TopKeyProbe()
     probe.attach(model)
-    instances = []
     bar = tqdm(total=settings.instances, unit="needle", disable=not progress)
     with bar, appending(store) as write:
         for prompt in _prompts(tokenizer, settings, text):
@@ -250,8 +323,9 @@ def _measure(
                 done[key] = run_instance(model, tokenizer, probe, prompt, limit)
                 write(done[key].to_json(key))
             instances.append(done[key])
+            found = len(_kept(instances, settings))
+            bar.set_postfix_str(f"{found} of {len(instances)} found")
             bar.update()
-    return instances
 
 
 def _gates(
@@ -265,15 +339,31 @@ def _gates(
     """The profile's entry of gates, empty if they are not asked for."""
     if not settings.gate_steps:
         return {}
+    asked, store = _gate_run(model_dir, settings, text)
+    gates = train_gates(model, tokenizer, asked, text, store, progress)
+    return {"kv_head_gates": rounded(gates)}
+
+
+def _gates_so_far(
+    model_dir: str, settings: RetrievalSettings, text: str
+) -> dict[str, Any]:
+    """The entry of gates whose training was stopped, empty before its first step."""
+    gates = gates_so_far(_gate_run(model_dir, settings, text)[1])
+    return {} if gates is None else {"kv_head_gates": rounded(gates)}
+
+
+def _gate_run(
+    model_dir: str, settings: RetrievalSettings, text: str
+) -> tuple[GateSettings, Path]:
+    """How the gates are trained, and the file that remembers their training."""
     asked = GateSettings(
         settings.gate_steps,
         settings.gate_penalty,
         settings.gate_length,
         settings.seed,
     )
-    store = store_path(model_dir, dataclasses.astuple(asked), text).with_suffix(".pt")
-    gates = train_gates(model, tokenizer, asked, text, store, progress)
-    return {"kv_head_gates": rounded(gates)}
+    store = store_path(model_dir, dataclasses.astuple(asked), text)
+    return asked, store.with_suffix(".pt")
 
 
 def _prompts(

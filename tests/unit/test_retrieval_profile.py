@@ -195,6 +195,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     tmp_path: Path,
     calls: list[NeedlePrompt],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     uninterrupted = profile(model_dir, tmp_path / "a")
     monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "fresh"))
@@ -209,9 +210,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(retrieval, "run_instance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         profile(model_dir, tmp_path / "b")
+    unfinished = tmp_path / "b" / retrieval.UNFINISHED
+    assert json.loads(unfinished.read_text())["instances"] == {"run": 2, "kept": 2}
+    shape = ModelShape("tiny", LAYERS, QUERY_HEADS, KV_HEADS, 8)
+    assert len(load_head_scores(str(unfinished), shape)) == LAYERS
+    retrieval._show_unfinished(tmp_path / "b")
+    assert "2 needles, of which 2 were found" in capsys.readouterr().out
     monkeypatch.setattr(retrieval, "run_instance", counting)
     assert profile(model_dir, tmp_path / "b") == uninterrupted
     assert len(calls) == SMALL.instances
+    assert not unfinished.exists()
 
 
 def test_a_finished_run_is_not_measured_again(
