@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the heads that an answer needs within a minute, by a few backward passes.
+"""Find the heads that an answer needs by a few backward passes.
 
 RazorAttention (arXiv 2407.15891) looks for heads that repeat, on random tokens: echo
 and induction heads. That takes one forward pass, but tells only who copies, not whose
 copy the answer needs. This takes the measure of ``influence.py`` instead: a prompt
 hides made-up facts, its reply recites them, and one backward pass estimates for every
 KV head by how many nats the answers move when the head alone sees sinks and a window.
-``benchmarks/profiles.py`` compares both with the long profile.
+``benchmarks/profiles.py`` lays both beside the long profile.
 
 A profile that ``kvserve serve`` makes by itself lies in the cache folder, under the
 identity of the model: its configuration and weight files.
@@ -42,7 +42,7 @@ _WINDOW_BLOCKS = 4
 
 
 def profile_fast(model_dir: str, out_dir: Path, progress: bool = True) -> Path:
-    """Measure every KV head in about a minute and write ``retrieval.json``.
+    """Measure every KV head and write ``retrieval.json``.
 
     Returns:
         Its path. A KV head's score is what its window would cost, in nats an answer
@@ -168,7 +168,7 @@ def _measure_apart(model_dir: str, path: Path) -> None:
     """Measure in a process of its own, which gives all its memory back."""
     print(
         f"kvserve: no profile ships for {Path(model_dir).name}: measuring which heads "
-        "retrieve, once, about a minute for 0.5B parameters on two cores",
+        "retrieve, once",
         file=sys.stderr,
     )
     command = [sys.executable, "-m", "kvserve.cli", "profile", "retrieval", model_dir]

@@ -140,11 +140,15 @@ def train_gates(
     return run.total.cpu() / steps
 
 
-def gates_so_far(store: Path) -> Tensor | None:
-    """Return the average of a training that was stopped, ``None`` before its start."""
-    if not store.exists():
+def gates_so_far(store: Path, steps: int) -> Tensor | None:
+    """Return the average of a training of ``steps`` that was stopped.
+
+    ``None`` before its middle: until then few gates have closed, and the order of the
+    others is chance.
+    """
+    state = torch.load(store, map_location="cpu") if store.exists() else {"step": 0}
+    if state["step"] < max(steps // 2, 1):
         return None
-    state = torch.load(store, map_location="cpu")
     average: Tensor = state["total"] / state["step"]
     return average
 

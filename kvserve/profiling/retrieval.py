@@ -232,8 +232,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="a few backward passes instead, about a minute for 0.5B parameters on "
-        "two cores; other flags but --out change nothing",
+        help="a few backward passes instead; other flags but --out change nothing",
     )
     add_flags(parser, RetrievalSettings, _HELP)
 
@@ -347,8 +346,9 @@ def _gates(
 def _gates_so_far(
     model_dir: str, settings: RetrievalSettings, text: str
 ) -> dict[str, Any]:
-    """The entry of gates whose training was stopped, empty before its first step."""
-    gates = gates_so_far(_gate_run(model_dir, settings, text)[1])
+    """The entry of gates whose training was stopped, empty before its middle."""
+    _, store = _gate_run(model_dir, settings, text)
+    gates = gates_so_far(store, settings.gate_steps)
     return {} if gates is None else {"kv_head_gates": rounded(gates)}
 
 

@@ -18,6 +18,7 @@ from kvserve.profiling import gates
 from kvserve.profiling.gates import (
     GatedAttention,
     GateSettings,
+    gates_so_far,
     train_gates,
     window_mask,
 )
@@ -130,6 +131,12 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     monkeypatch.setattr(gates, "_learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(8, tmp_path / "b.pt")
+    state = torch.load(tmp_path / "b.pt")
+    found = gates_so_far(tmp_path / "b.pt", 8)
+    assert found is not None
+    torch.testing.assert_close(found, state["total"] / 6)
+    assert gates_so_far(tmp_path / "b.pt", 14) is None
+    assert gates_so_far(tmp_path / "none.pt", 8) is None
     taken = -100
     torch.testing.assert_close(train(8, tmp_path / "b.pt"), expected)
     assert taken == -100 + 2, "it goes on after the sixth step"
