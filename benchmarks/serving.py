@@ -85,6 +85,7 @@ def make_engine(name: str, args: argparse.Namespace) -> Any:
         "kv_cache_memory_bytes": parse_bytes(args.kv_memory, "--kv-memory"),
         "enforce_eager": args.eager,
         "dtype": args.dtype,
+        **args.options,
     }
     return start_engine(name, args.model, tokens, options)
 
@@ -217,6 +218,9 @@ def main() -> None:
     parser.add_argument("--kv-memory", default="512MiB")
     parser.add_argument("--dtype", default=default_dtype())
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="JSON of further vLLM options"
+    )
     parser.add_argument("--openvino-python", default=".venv-openvino/bin/python")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
