@@ -2,6 +2,7 @@
 # Two commands do everything: `make serve` and `make test`.
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The CUDA build where an NVIDIA driver answers, the CPU build elsewhere.
@@ -16,7 +17,7 @@ DEFAULT := -m "not slow and not gpu"
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress bench-openvino plan loadtest dashboard clean
+.PHONY: help setup serve test test-all test-unit lint format lock profile bench bench-kvpress bench-openvino plan gpu-bundle gpu-rehearsal gpu-test loadtest dashboard clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +75,15 @@ bench-kvpress: $(STAMP)  ## Measure needles beside NVIDIA kvpress, in its own .v
 	  $(BIN)/uv pip install -q --no-deps -p .venv-kvpress/bin/python -r -
 	$(BIN)/python -m benchmarks.quality_vs_kvpress
 
+gpu-bundle: $(STAMP)  ## Pack what a bare GPU machine needs, into .gpu
+	$(BIN)/python scripts/gpu/bundle.py --uv $(BIN)/uv
+
+gpu-rehearsal: $(STAMP)  ## Prove the bundle without a GPU (3 GB of PyTorch, once)
+	$(BIN)/python scripts/gpu/rehearse.py --uv $(BIN)/uv --python312 $(PYTHON312)
+
+gpu-test: $(STAMP)  ## Test and measure kvserve on this machine's GPU
+	$(BIN)/python scripts/gpu/run.py all
+
 loadtest: $(STAMP)  ## Load a server (URL=..., or its own) with guidellm: loadtest.html
 	test -x .venv-load/bin/python || $(PYTHON) -m venv .venv-load
 	.venv-load/bin/python -m pip install -q --no-deps torch==2.13.0+cpu 2>/dev/null || \
@@ -92,4 +102,4 @@ lock: $(STAMP)  ## Resolve requirements/*.lock anew
 	    -o requirements/$$device.lock; done
 
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .venv-load .venv-openvino .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-load .venv-openvino .venv-gpu-rehearsal .gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

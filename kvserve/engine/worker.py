@@ -70,6 +70,15 @@ def _lengths(request: NewRequestData) -> tuple[int, int]:
     return prompt_tokens, sampling.max_tokens or 0
 
 
+def _keep_on_host(block_tables: Any) -> None:
+    """Spare the copies of page lists to the device, where nobody reads them.
+
+    Kernels have tables of their own. vLLM would copy whole rows at every step, and a
+    row has an entry for every head page of the longest request.
+    """
+    block_tables.commit_block_table = lambda num_reqs: None
+
+
 class HeadPagedWorker(Worker):
     """A GPU worker whose KV cache is a pool of head pages under a policy."""
 
@@ -135,6 +144,7 @@ class HeadPagedWorker(Worker):
         (group,) = self.model_runner.attn_groups[0]
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
         self._builder.attach(self.model_runner.input_batch)
+        _keep_on_host(self.model_runner.input_batch.block_table)
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
         if isinstance(self._rule, DenseRule):

@@ -16,6 +16,7 @@ Without one, run it in an environment where ``make setup`` installed the CUDA bu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +31,12 @@ ROOT = Path(__file__).parents[2]
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
-from scripts.gpu.parts import MANIFEST, BundleError, Manifest, unpack
+from scripts.gpu.parts import (  # noqa: E402
+    MANIFEST,
+    BundleError,
+    Manifest,
+    unpack,
+)
 
 STAGES: dict[str, int] = {
     "smoke": 90,
@@ -158,10 +164,8 @@ def run_stage(
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End a stage and whatever it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -166,7 +166,7 @@ def rehearse(spec: EngineSpec) -> str:
 
 def stage_main(
     run: Callable[[Stage], None],
-    engines: Callable[[Stage], Mapping[str, EngineSpec]] = lambda stage: {},
+    engines: Callable[[Stage], Mapping[str, EngineSpec]] | None = None,
     prepare: Callable[[Stage], object] | None = None,
 ) -> None:
     """Run a stage from the command line.
@@ -186,14 +186,20 @@ def stage_main(
     if not (arguments.case or "").startswith("none"):
         # Of policies; stock vLLM beside them runs alike, unless it is timed.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if arguments.rehearse and arguments.device == "cuda":
+        from scripts.gpu import stub_card
+
+        stub_card.install()
+        stub_card.choose_platform()
     with tempfile.TemporaryDirectory(prefix="kvserve-gpu-") as name:
         stage = Stage(Path(name), arguments)
         if not stage.rehearses:
             run(stage)
             return
-        for label, spec in engines(stage).items():
-            with stage.attempt(label):
-                stage.note(**{label: rehearse(spec)})
+        with stage.attempt("engines"):
+            for label, spec in (engines(stage) if engines else {}).items():
+                with stage.attempt(label):
+                    stage.note(**{label: rehearse(spec)})
         if prepare is not None:
             with stage.attempt("prepare"):
                 prepare(stage)

@@ -55,7 +55,7 @@ def run(stage: Stage) -> None:
                 stage.fail(f"{name}: {score}, on a CPU {ON_A_CPU[name]}")
 
 
-def prepare(stage: Stage) -> None:
+def prepare(_: Stage) -> None:
     from benchmarks.needles import prompts
     from kvserve.models import embedded_model
 

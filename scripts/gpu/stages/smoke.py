@@ -65,4 +65,4 @@ def run(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage_main(run, engines, lambda stage: prompts())
+    stage_main(run, engines, lambda _: prompts())

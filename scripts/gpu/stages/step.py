@@ -25,6 +25,11 @@ LIMIT = 75
 MODULE = "scripts.gpu.stages.step"
 
 
+def reply_tokens(requests: int) -> int:
+    """So many that the first is still running when the last has been read."""
+    return 4 * requests + STEPS + PROFILED + 16
+
+
 def load(stage: Stage, running: int) -> tuple[int, int]:
     """Requests and tokens of each."""
     return (running, RUNNING[running]) if stage.on_gpu else (2, 160)
@@ -40,7 +45,7 @@ def options_of(stage: Stage, requests: int, tokens: int) -> dict[str, Any]:
         **DUMMY,
         **graphs,
         "dtype": stage.dtype,
-        "max_model_len": tokens + 128,
+        "max_model_len": tokens + reply_tokens(requests),
         "max_num_seqs": requests,
         "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": (44 if stage.on_gpu else 1) << 30,
@@ -96,7 +101,7 @@ def decode(stage: Stage, engine: Any, requests: int, tokens: int) -> None:
     from benchmarks.engines import random_prompts
 
     params = SamplingParams(
-        temperature=0, max_tokens=STEPS + PROFILED + 16, ignore_eos=True
+        temperature=0, max_tokens=reply_tokens(requests), ignore_eos=True
     )
     vocabulary = 40000 if stage.on_gpu else 1000
     for number, ids in enumerate(random_prompts(requests, tokens, seed=1)):
