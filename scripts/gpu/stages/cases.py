@@ -82,7 +82,7 @@ def spec_of(
     spec = PolicySpec.parse(text)
     arguments = spec.arguments(tokens, shape_of(str(model)))
     options["kv_cache_dtype"] = stored or "auto"
-    return EngineSpec(str(model), spec.name, arguments, options)
+    return EngineSpec(str(model), spec.name, arguments, options, bool(stored))
 
 
 def namespace(**values: Any) -> argparse.Namespace:

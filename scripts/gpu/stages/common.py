@@ -39,12 +39,14 @@ class EngineSpec:
     Attributes:
         policy: its name, or ``None`` for stock vLLM.
         options: of ``vllm.LLM``.
+        is_wanted: kvserve may refuse it still; the rehearsal takes that as an answer.
     """
 
     model: str
     policy: str | None
     policy_args: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    is_wanted: bool = False
 
 
 class Stage:
@@ -149,8 +151,10 @@ def rehearse(spec: EngineSpec) -> str:
     from kvserve.engine.options import engine_options, prepare_environment
     from kvserve.engine.preflight import check_start
     from kvserve.engine.settings import PolicySettings
+    from kvserve.errors import UserError
 
-    options = {"model": spec.model, "dtype": "bfloat16", **spec.options}
+    defaults = {"dtype": "bfloat16", "enforce_eager": True, "block_size": 32}
+    options = {"model": spec.model, **defaults, **spec.options}
     prepare_environment(options)
     if spec.policy is None:
         fields = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -158,7 +162,12 @@ def rehearse(spec: EngineSpec) -> str:
         config = EngineArgs(**known).create_engine_config()
     else:
         settings = PolicySettings(spec.policy, dict(spec.policy_args))
-        config = check_start(engine_options(settings, options))
+        try:
+            config = check_start(engine_options(settings, options))
+        except UserError as refusal:
+            if spec.is_wanted:
+                return f"refused: {refusal}"
+            raise
     runner = "V2" if config.use_v2_model_runner else "V1"
     mode = config.compilation_config.cudagraph_mode
     return f"{config.parallel_config.worker_cls}, {runner}, graphs {mode.name}"

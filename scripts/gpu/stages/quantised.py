@@ -20,7 +20,13 @@ def engines(stage: Stage) -> dict[str, EngineSpec]:
         "kv_cache_memory_bytes": 1 << 30,
     }
     return {
-        stored: EngineSpec(model, "full", {}, {**options, "kv_cache_dtype": stored})
+        stored: EngineSpec(
+            model,
+            "full",
+            {},
+            {**options, "kv_cache_dtype": stored},
+            is_wanted=stored != "auto",
+        )
         for stored in TYPES
     }
 

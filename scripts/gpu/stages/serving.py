@@ -37,11 +37,11 @@ class Load:
 
 
 LOADS = {
-    "32k + 512, 20 GiB": Load(20, 32000, 512, 20),
+    "32k + 512, 20 GiB": Load(16, 32000, 512, 20),
     "8k + 1k, 20 GiB": Load(64, 8000, 1000, 20),
-    "32k + 512, 40 GiB": Load(40, 32000, 512, 40),
+    "32k + 512, 40 GiB": Load(32, 32000, 512, 40),
 }
-SMALL = Load(4, 160, 8, 1)
+SMALL = Load(4, 640, 8, 1)
 
 
 def options_of(stage: Stage) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def options_of(stage: Stage) -> dict[str, Any]:
 
 def cases(stage: Stage) -> list[str]:
     loads = list(LOADS) if stage.on_gpu else list(LOADS)[:1]
-    names = ENGINES if stage.on_gpu else ("none", "full", "retrieval:budget=0.5")
+    names = ENGINES if stage.on_gpu else ("none", "full", "retrieval:budget=0.25")
     return [f"{name} | {load}" for load in loads for name in names]
 
 

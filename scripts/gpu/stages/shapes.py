@@ -81,7 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SMALL: dict[str, Any] = {
-    "vocab_size": 1024,
+    "vocab_size": 40960,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,

@@ -32,7 +32,7 @@ def reply_tokens(requests: int) -> int:
 
 def load(stage: Stage, running: int) -> tuple[int, int]:
     """Requests and tokens of each."""
-    return (running, RUNNING[running]) if stage.on_gpu else (2, 160)
+    return (running, RUNNING[running]) if stage.on_gpu else (2, 640)
 
 
 def options_of(stage: Stage, requests: int, tokens: int) -> dict[str, Any]:
@@ -103,10 +103,8 @@ def decode(stage: Stage, engine: Any, requests: int, tokens: int) -> None:
     params = SamplingParams(
         temperature=0, max_tokens=reply_tokens(requests), ignore_eos=True
     )
-    vocabulary = 40000 if stage.on_gpu else 1000
     for number, ids in enumerate(random_prompts(requests, tokens, seed=1)):
-        prompt = {"prompt_token_ids": [token % vocabulary for token in ids]}
-        engine.add_request(str(number), prompt, params)
+        engine.add_request(str(number), {"prompt_token_ids": ids}, params)
     start = time.perf_counter()
     while len(engine.step()) < requests:
         pass
