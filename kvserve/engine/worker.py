@@ -76,7 +76,7 @@ def _keep_on_host(block_tables: Any) -> None:
     Kernels have tables of their own. vLLM would copy whole rows at every step, and a
     row has an entry for every head page of the longest request.
     """
-    block_tables.commit_block_table = lambda num_reqs: None
+    block_tables.commit_block_table = lambda _: None
 
 
 class HeadPagedWorker(Worker):

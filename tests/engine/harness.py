@@ -71,12 +71,15 @@ class Engine:
         **options: Any,
     ) -> None:
         from kvserve import LLM
+        from kvserve.engine.hardware import has_gpu
 
+        # vLLM wants as much of a GPU to be free, whatever the pool: others are there.
+        on_gpu = {"gpu_memory_utilization": 0.5} if has_gpu() else {}
         self._llm = LLM(
             str(model),
             policy=policy,
             policy_args=policy_args,
-            **{**_DEFAULTS, **options},
+            **{**_DEFAULTS, **on_gpu, **options},
         )
         self._core = self._llm.llm_engine.engine_core.engine_core
         self._names = itertools.count()

@@ -48,7 +48,7 @@ def options_of(stage: Stage) -> dict[str, Any]:
     graphs: dict[str, Any] = {"enforce_eager": True}
     if stage.on_gpu:
         sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64]}
-        graphs = {**GRAPHS}
+        graphs = {**GRAPHS, "gpu_memory_utilization": 0.5}
         graphs["compilation_config"] = {**GRAPHS["compilation_config"], **sizes}
     return {**DUMMY, **graphs, "max_num_batched_tokens": 8192}
 

@@ -39,7 +39,7 @@ def options_of(stage: Stage, requests: int, tokens: int) -> dict[str, Any]:
     graphs: dict[str, Any] = {"enforce_eager": True}
     if stage.on_gpu:
         sizes = {"cudagraph_capture_sizes": [1, requests]}
-        graphs = {**GRAPHS}
+        graphs = {**GRAPHS, "gpu_memory_utilization": 0.5}
         graphs["compilation_config"] = {**GRAPHS["compilation_config"], **sizes}
     return {
         **DUMMY,
