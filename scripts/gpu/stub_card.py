@@ -2,13 +2,11 @@
 """A stand-in for an H100 and its driver, with which everything imports without one.
 
 ``build_driver`` makes a ``libcuda.so.1`` with the symbols that extensions want, each of
-which fails; ``install`` lets ``torch.cuda`` answer as the card would, and lets Triton
-compile for it.
+which fails; ``install`` lets ``torch.cuda`` answer as the card would.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,33 +72,6 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        compile_for_card()
-
-
-def compile_for_card() -> None:
-    """Let Triton's launches compile for the card, and launch nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver, jit
-
-    class Card:
-        """A driver that knows its target alone."""
-
-        get_current_target = staticmethod(
-            lambda: GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-        )
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda _=0: 0)
-        map_python_to_cpp_type = CudaDriver.map_python_to_cpp_type
-
-    driver.set_active(Card())
-    run = jit.JITFunction.run
-
-    def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **{**kwargs, "warmup": True})
-
-    jit.JITFunction.run = compiled
 
 
 def choose_platform() -> None:
