@@ -67,8 +67,8 @@ def make_environment(python312: str, uv: str, venv: Path) -> Path:
     return python
 
 
-def rehearse(python: Path, place: Place) -> int:
-    """Import, compile, and rehearse; return how many of them failed."""
+def rehearse(python: Path, place: Place) -> list[str]:
+    """Import, compile, and rehearse; return which of them failed."""
     assert place.bundle is not None
     manifest = Manifest.read(place.bundle)
     for archive in manifest.archives:
@@ -77,17 +77,17 @@ def rehearse(python: Path, place: Place) -> int:
     variables = environment(place)
     paths = [str(driver.parent), os.environ.get("LD_LIBRARY_PATH", "")]
     variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-    failed = 0
+    failed = []
     run = [str(HERE / "run.py"), "all", "--rehearse", "--bundle", str(place.bundle)]
     run += ["--home", str(place.home), "--out", str(place.out)]
-    for command in (
-        ["-m", "scripts.gpu.imports"],
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", COMPILES],
-        run,
-    ):
+    for name, command in {
+        "imports": ["-m", "scripts.gpu.imports"],
+        "kernels": ["-m", "pytest", "-q", "-p", "no:cacheprovider", COMPILES],
+        "stages": run,
+    }.items():
         print(f"== {' '.join(command)}", flush=True)
         done = subprocess.run([str(python), *command], cwd=ROOT, env=variables)
-        failed += done.returncode != 0
+        failed += [name] if done.returncode else []
     return failed
 
 
@@ -107,8 +107,8 @@ def main() -> int:
     except (BundleError, subprocess.CalledProcessError, OSError) as error:
         print(f"gpu-rehearsal: {error}", file=sys.stderr)
         return 1
-    print("the bundle is whole" if not failed else f"{failed} of 3 rehearsals failed")
-    return int(failed > 0)
+    print(f"failed: {', '.join(failed)}" if failed else "the bundle is whole")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
