@@ -50,7 +50,13 @@ def measure(policy: str) -> list[float]:
 
     from kvserve import LLM
 
-    llm = LLM(policy=policy, max_model_len=1024, max_num_seqs=10, enforce_eager=True)
+    llm = LLM(
+        policy=policy,
+        max_model_len=1024,
+        max_num_seqs=10,
+        kv_cache_memory_bytes=512 << 20,
+        enforce_eager=True,
+    )
     chats = [[{"role": "user", "content": text}] for text in _QUESTIONS for _ in _SEEDS]
     params = [
         SamplingParams(temperature=0.7, seed=seed, max_tokens=_REPLY, ignore_eos=True)
@@ -72,7 +78,7 @@ def main() -> int:
     print("| policy | distinct 4-grams | worst reply |\n|---|---|---|")
     for policy in policies():
         command = [sys.executable, "-m", "benchmarks.long_replies", "--policy", policy]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         shares = json.loads(run.stdout.splitlines()[-1])
         mean = sum(shares) / len(shares)
         print(f"| `{policy}` | {mean:.2f} | {min(shares):.2f} |", flush=True)
