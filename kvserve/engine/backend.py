@@ -92,22 +92,20 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # One-token requests come first: their rows are a view of the queries.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        group_size = model.get_num_attention_heads(parallel)
-        group_size //= model.get_num_kv_heads(parallel)
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        one = next(iter(layers.values()))
         self.clock = Clock()
         self.tables, self._rows = self._make_tables(vllm_config)
         self.kernels, self.staging = hardware.kernels_and_staging(
             kv_cache_spec,
             page_format_of(vllm_config),
-            cast(torch.dtype, model.dtype),
-            group_size,
+            cast(torch.dtype, vllm_config.model_config.dtype),
+            one.num_heads // one.num_kv_heads,
             self.tables,
             device,
         )
         self._input_batch: Any = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
-        layers = get_layers_from_vllm_config(vllm_config, Attention)
         for index, layer in enumerate(layers.values()):
             cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
 

@@ -189,6 +189,7 @@ class CPUDevice:
         pool: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
+        native.check_tokens(key, value, pool, slots)
         keys, values = _split(pool)
         ops.cpu_attn_reshape_and_cache(
             key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
@@ -294,7 +295,8 @@ class CPUDevice:
         if decodes:
             tokens = decodes * group // query.shape[1]
             native.decode_attention(
-                query[:tokens].reshape(-1, group, width),
+                # With one KV head it is a view of what queries, keys and values share.
+                query[:tokens].reshape(-1, group, width).contiguous(),
                 pool,
                 lengths[:decodes],
                 page_table[:decodes],

@@ -21,12 +21,15 @@ class HeadMajor:
     group: int
 
     def rows_of(self, query: Tensor) -> Tensor:
-        """Lay out ``query [tokens, H_q, D]`` as ``[tokens * H_kv, G, D]``."""
+        """Lay out ``query [tokens, H_q, D]`` as ``[tokens * H_kv, G, D]``.
+
+        What comes is contiguous: with one KV head, queries themselves need not be.
+        """
         by_head = self._by_head(query)
         heads, width = by_head.shape[1], query.shape[2]
         tokens = self.decodes // heads
         if tokens == len(query):
-            return query.reshape(-1, self.group, width)
+            return query.reshape(-1, self.group, width).contiguous()
         rows = query.new_empty(len(query) * heads, self.group, width)
         rows[: self.decodes] = by_head[:tokens].flatten(0, 1)
         self._prefill(rows, heads).copy_(by_head[tokens:])

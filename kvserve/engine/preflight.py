@@ -21,6 +21,7 @@ from kvserve.engine.support import (
     Rule,
     check_batch,
     check_model,
+    model_shape_of,
     page_format_of,
     rule_of,
     scratch_of,
@@ -94,7 +95,8 @@ def _on_ranks(rule: StreamRule) -> str:
 def page_bytes_of(config: VllmConfig) -> int:
     """Bytes of one head page: keys, values and scales of one block of one head."""
     model, page_format = config.model_config, page_format_of(config)
-    tokens, head_size = config.cache_config.block_size, model.get_head_size()
+    tokens = config.cache_config.block_size
+    head_size = model_shape_of(config).head_size
     if page_format:
         return tokens * page_format.token_bytes(head_size)
     return tokens * 2 * head_size * get_dtype_size(cast(torch.dtype, model.dtype))

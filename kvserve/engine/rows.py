@@ -85,11 +85,12 @@ class RowBuilder:
         longer = np.flatnonzero(lengths > 1)
         num_decodes = int(longer[0]) if longer.size else len(lengths)
         decode_lens = self._decode_lens(seq_lens[:num_decodes])
-        slots = self._decode_slots(seq_lens[:num_decodes])
+        # Kernels read slots one after the other; with one head they may be a view.
+        slots = np.ascontiguousarray(self._decode_slots(seq_lens[:num_decodes]))
         if not longer.size:
             return self._decode_only(decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
-        slots = np.concatenate([slots, chunks.slots()], axis=1)
+        slots = np.concatenate([slots, np.ascontiguousarray(chunks.slots())], axis=1)
         exemplars, shape_of_layer = _alike_layers(
             np.concatenate([chunks.row_lengths(), decode_lens], axis=1)
         )

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
@@ -33,15 +33,29 @@ Rule = StreamRule | DenseRule
 def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
     """Read the shape of the model that a config names, whatever ranks share it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_kv_heads, head_size = _cached_heads(model)
     return ModelShape(
         name=Path(model.model).name,
         num_layers=model.get_num_layers(parallel),
         num_query_heads=model.model_arch_config.total_num_attention_heads,
-        num_kv_heads=model.get_total_num_kv_heads(),
-        head_size=model.get_head_size(),
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
     )
+
+
+def _cached_heads(model: ModelConfig) -> tuple[int, int]:
+    """KV heads that layers cache, and their size; :func:`check_layers` compares both.
+
+    A model that compresses keys to a latent vector, but whose layers are no MLA
+    (MiniCPM3), caches keys of every query head, whatever heads its config names.
+    """
+    text = model.hf_text_config
+    if getattr(text, "kv_lora_rank", None) and not model.use_mla:
+        heads = model.model_arch_config.total_num_attention_heads
+        return heads, text.qk_nope_head_dim + text.qk_rope_head_dim
+    return model.get_total_num_kv_heads(), model.get_head_size()
 
 
 def _declared_pattern(text_config: Any) -> tuple[tuple[str, Any], ...]:
@@ -247,6 +261,32 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
     shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
     if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
         raise _unsupported(name, "unequal")
+    _check_shape(vllm_config, len(layers), *shapes.pop())
+
+
+def _check_shape(
+    vllm_config: VllmConfig, layers: int, query_heads: int, kv_heads: int, size: int
+) -> None:
+    """Refuse layers that are not those for which pages were planned."""
+    model = model_shape_of(vllm_config)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    planned = (
+        model.num_layers,
+        model.num_query_heads // ranks,
+        max(model.num_kv_heads // ranks, 1),
+        model.head_size,
+    )
+    found = layers, query_heads, kv_heads, size
+    if found != planned:
+        names = "layers", "query heads", "KV heads", "numbers a head"
+        told, has = (
+            ", ".join(f"{count} {name}" for count, name in zip(one, names, strict=True))
+            for one in (planned, found)
+        )
+        raise UserError(
+            f"MODEL {vllm_config.model_config.model}: its configuration tells of "
+            f"{told}, but it has {has}; {_WAY_OUT}"
+        )
 
 
 def _unsupported(model: str, kind: str) -> UserError:

@@ -43,6 +43,9 @@ _HEADERS = [
 _MODEL_TYPES = (torch.float32, torch.bfloat16)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 """``pages.h``'s ``Kind`` of what a pool's pages hold; bytes are those of e4m3."""
+_SCALED = (torch.uint8, torch.int8)
+_SCALE_BYTES = 8
+"""What a scaled page has beside a token's numbers: a scale of its key and value."""
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
 _CPU_FEATURES = ("flags", "Features")
 """What Linux calls the line, on x86 and on Arm."""
@@ -62,12 +65,56 @@ def write_pages(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None
         pool: as of :func:`decode_attention`.
         slots: ``[n]`` int64.
     """
-    assert key.dtype == value.dtype
+    check_tokens(key, value, pool, slots)
     sizes = pool.shape[2], key.shape[1], _is_half(key)
     keys, values = key.contiguous(), value.contiguous()
     _call(
         "write_pages", slots, len(slots), _KINDS[pool.dtype], pool, *sizes, keys, values
     )
+
+
+def check_tokens(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Refuse tokens that would be written beside the pool, or beside their slots.
+
+    Args:
+        key, value, pool, slots: as of :func:`write_pages`.
+    """
+    tokens = len(slots), key.shape[-1]
+    _require(key.shape == value.shape == tokens, "a key and a value for each slot")
+    _require(key.dtype == value.dtype, "keys and values of one type")
+    _require(slots.dtype == torch.int64, "slots in int64")
+    _require(slots.is_contiguous(), "contiguous slots")
+    _check_pool(pool, key.shape[1])
+
+
+def _check_pool(pool: Tensor, width: int) -> None:
+    """Refuse a pool whose pages are not of heads of ``width`` numbers."""
+    scales = _SCALE_BYTES if pool.dtype in _SCALED else 0
+    _require(pool.is_contiguous(), "a contiguous pool")
+    _require(
+        pool.ndim == 4 and pool.shape[1] == 1 and pool.shape[3] == 2 * width + scales,
+        f"pages of heads of {width} numbers, not {tuple(pool.shape)}",
+    )
+
+
+def _check_rows(
+    query: Tensor, out: Tensor, page_table: Tensor, *by_row: Tensor
+) -> None:
+    """Refuse rows that kernels would read or write beside what they are given."""
+    _require(query.shape == out.shape, "an output for each query")
+    _require(query.dtype == out.dtype, "queries and outputs of one type")
+    _require(out.is_contiguous(), "contiguous outputs")
+    _require(page_table.dtype == torch.int32, "a page table in int32")
+    _require(page_table.stride(1) == 1, "page tables row by row")
+    for each in by_row:
+        _require(len(each) == len(page_table), "a page list for each row")
+        _require(each.is_contiguous(), "contiguous rows")
+
+
+def _require(fact: bool, what: str) -> None:
+    """Raise where memory beside a tensor would be touched; no option leaves it out."""
+    if not fact:
+        raise ValueError(f"kvserve's kernels take {what}")
 
 
 def decode_attention(
@@ -89,11 +136,9 @@ def decode_attention(
         out: ``[rows, G, d]``, contiguous, of the queries' type.
     """
     rows, group, width = query.shape
-    assert lengths.dtype == page_table.dtype == torch.int32
-    assert page_table.stride(1) == 1
-    assert query.dtype == out.dtype
-    assert query.is_contiguous()
-    assert out.is_contiguous()
+    _check_rows(query, out, page_table, query, lengths)
+    _require(lengths.dtype == torch.int32, "lengths in int32")
+    _check_pool(pool, width)
     _attention_function("decode")(
         page_table.data_ptr(),
         page_table.stride(0),
@@ -137,12 +182,11 @@ def prefill_attention(
             row is left alone.
     """
     _, kv_heads, group, width = query.shape
-    assert first.dtype == torch.int64
-    assert counts.dtype == lengths.dtype == page_table.dtype == torch.int32
-    assert page_table.stride(1) == 1
-    assert query.dtype == out.dtype
-    assert query.stride()[1:] == out.stride()[1:]
-    assert out.is_contiguous()
+    _check_rows(query, out, page_table, first, counts, lengths)
+    _require(first.dtype == torch.int64, "first queries in int64")
+    _require(counts.dtype == lengths.dtype == torch.int32, "lengths in int32")
+    _require(query[0].is_contiguous(), "contiguous queries of a token")
+    _check_pool(pool, width)
     _attention_function("prefill")(
         page_table.data_ptr(),
         page_table.stride(0),

@@ -282,6 +282,8 @@ def write_rows(
     """
     pages = _Pages.of(pool, page_format, key)
     assert key.dtype == value.dtype
+    assert key.shape == value.shape
+    assert len(slots) >= len(key)
     assert key.stride(1) == value.stride(1) == slots.stride(0) == 1
     n = len(key)
     if n == 0:

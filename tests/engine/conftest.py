@@ -15,7 +15,7 @@ import pytest
 from policies.base import HeadBudget, ModelShape, StreamingPolicy
 from policies.registry import create_policy
 from tests.engine.harness import PAGE, EngineSlot, write_profile
-from tests.reference.models import GQA, LONG, MHA, TinyLlama
+from tests.reference.models import GQA, LATENT, LONG, MHA, MQA, TinyLlama
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def engines() -> Iterator[EngineSlot]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""
     directory = tmp_path_factory.mktemp("models")
-    found = {tiny.name: tiny_model(tiny, directory) for tiny in (MHA, GQA, LONG)}
+    tiny = (MHA, GQA, MQA, LATENT, LONG)
+    found = {one.name: tiny_model(one, directory) for one in tiny}
     return found | {"smollm2": _embedded(directory)}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -70,9 +71,14 @@ def reference_of(case: str, model: Model) -> Reference:
     )
 
 
-@CASES
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", ["tiny-mha", "tiny-gqa"])
+@pytest.mark.parametrize(
+    ("name", "run", "case"),
+    [
+        *itertools.product(["tiny-mha", "tiny-gqa"], RUNS, ARGUMENTS),
+        *(("tiny-mqa", list(RUNS)[2], case) for case in ("snapkv", "h2o")),
+        ("tiny-mqa", list(RUNS)[2], "heterogeneous"),
+    ],
+)
 def test_kept_tokens_and_logits_are_those_of_the_reference(
     engines: EngineSlot, models: dict[str, Model], name: str, run: str, case: str
 ) -> None:

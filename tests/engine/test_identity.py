@@ -167,6 +167,16 @@ def test_tokens_and_logprobs_are_stock_vllms(
     assert_identical(run(engines, model, policy, setting), expected)
 
 
+@pytest.mark.parametrize("name", ["tiny-mqa", "tiny-minicpm3"])
+def test_heads_are_those_of_the_layers(
+    engines: EngineSlot, models: dict[str, Model], stock: Stock, name: str
+) -> None:
+    """One KV head for all queries, and more KV heads than the configuration names."""
+    model, setting = models[name], Setting(batch=8, chunk=512)
+    expected = stock.replies(model, setting)
+    assert_identical(run(engines, model, "full", setting), expected)
+
+
 @pytest.mark.parametrize(
     "policy", ["full", pytest.param("retrieval", marks=pytest.mark.slow)]
 )

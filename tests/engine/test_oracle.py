@@ -42,6 +42,9 @@ CASES = [
     )
     for model in ("tiny-mha", "tiny-gqa", "smollm2")
     for policy, values in POLICIES
+] + [
+    pytest.param("tiny-mqa", policy, values, id=f"tiny-mqa-{policy}")
+    for policy, values in POLICIES[:2]
 ]
 
 

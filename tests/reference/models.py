@@ -8,6 +8,7 @@ what a head sees moves the logits by far more than float32 rounding does.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from transformers import PreTrainedTokenizerFast
 ATTENTION_GAIN = 1.5
 """Standard deviation of queries and keys: scores have its square."""
 LOGIT_GAIN = 3.0
+
+
+Matrix = Callable[[int, int, float], Tensor]
+"""Makes random weights of so many rows and columns, and of this gain."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,6 @@ class TinyLlama:
             return torch.randn(rows, columns, generator=random) * gain / columns**0.5
 
         hidden, inner = self.hidden_size, self.intermediate_size
-        query_rows = self.num_query_heads * self.head_size
-        kv_rows = self.num_kv_heads * self.head_size
         weights = {
             "model.embed_tokens.weight": matrix(self.vocab_size, hidden, hidden**0.5),
             "model.norm.weight": torch.ones(hidden),
@@ -98,19 +101,59 @@ class TinyLlama:
             weights |= {
                 f"{name}.input_layernorm.weight": torch.ones(hidden),
                 f"{name}.post_attention_layernorm.weight": torch.ones(hidden),
-                f"{name}.self_attn.q_proj.weight": matrix(
-                    query_rows, hidden, ATTENTION_GAIN
-                ),
-                f"{name}.self_attn.k_proj.weight": matrix(
-                    kv_rows, hidden, ATTENTION_GAIN
-                ),
-                f"{name}.self_attn.v_proj.weight": matrix(kv_rows, hidden),
-                f"{name}.self_attn.o_proj.weight": matrix(hidden, query_rows),
                 f"{name}.mlp.gate_proj.weight": matrix(inner, hidden),
                 f"{name}.mlp.up_proj.weight": matrix(inner, hidden),
                 f"{name}.mlp.down_proj.weight": matrix(hidden, inner),
             }
+            attention = self._attention_weights(matrix)
+            weights |= {f"{name}.self_attn.{key}": w for key, w in attention.items()}
         return weights
+
+    def _attention_weights(self, matrix: Matrix) -> dict[str, Tensor]:
+        hidden = self.hidden_size
+        query_rows = self.num_query_heads * self.head_size
+        kv_rows = self.num_kv_heads * self.head_size
+        return {
+            "q_proj.weight": matrix(query_rows, hidden, ATTENTION_GAIN),
+            "k_proj.weight": matrix(kv_rows, hidden, ATTENTION_GAIN),
+            "v_proj.weight": matrix(kv_rows, hidden, 1.0),
+            "o_proj.weight": matrix(hidden, query_rows, 1.0),
+        }
+
+
+@dataclass(frozen=True)
+class TinyMiniCPM3(TinyLlama):
+    """Its layers cache keys of every query head, whatever ``num_kv_heads`` says."""
+
+    rank: int = 48
+
+    def _config(self) -> dict[str, object]:
+        return {
+            **super()._config(),
+            "architectures": ["MiniCPM3ForCausalLM"],
+            "model_type": "minicpm3",
+            "q_lora_rank": self.rank,
+            "kv_lora_rank": self.rank,
+            "qk_nope_head_dim": self.head_size // 2,
+            "qk_rope_head_dim": self.head_size // 2,
+            "v_head_dim": self.head_size // 2,
+            "scale_emb": 1,
+            "scale_depth": self.num_layers**0.5,
+            "dim_model_base": self.hidden_size,
+        }
+
+    def _attention_weights(self, matrix: Matrix) -> dict[str, Tensor]:
+        hidden, rank, heads = self.hidden_size, self.rank, self.num_query_heads
+        half = self.head_size // 2
+        return {
+            "q_a_proj.weight": matrix(rank, hidden, 1.0),
+            "q_a_layernorm.weight": torch.ones(rank),
+            "q_b_proj.weight": matrix(2 * half * heads, rank, ATTENTION_GAIN),
+            "kv_a_proj_with_mqa.weight": matrix(rank + half, hidden, ATTENTION_GAIN),
+            "kv_a_layernorm.weight": torch.ones(rank),
+            "kv_b_proj.weight": matrix(2 * half * heads, rank, ATTENTION_GAIN),
+            "o_proj.weight": matrix(hidden, half * heads, 1.0),
+        }
 
 
 MHA = TinyLlama(
@@ -128,6 +171,22 @@ GQA = TinyLlama(
     num_kv_heads=2,
     head_size=64,
     hidden_size=192,
+)
+MQA = TinyLlama(
+    "tiny-mqa",
+    num_layers=3,
+    num_query_heads=4,
+    num_kv_heads=1,
+    head_size=64,
+    hidden_size=128,
+)
+LATENT = TinyMiniCPM3(
+    "tiny-minicpm3",
+    num_layers=3,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_size=64,
+    hidden_size=128,
 )
 LONG = TinyLlama(
     "tiny-long",
