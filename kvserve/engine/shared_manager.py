@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
@@ -43,7 +44,9 @@ class SharedPagedManager(HeadPagedManager):
         # Where a request parts from what is cached, by the last look-up and by name.
         self._junction = 0
         self._junctions: dict[str, int] = {}
-        self._needs: dict[PagePlan, PrefixPages] = {}
+        # Clients name plans without end: one lives as long as a request or its pages.
+        self._needs: WeakValueDictionary[PagePlan, PrefixPages] = WeakValueDictionary()
+        self._needs_of: dict[str, PrefixPages] = {}
         self._held: dict[str, int] = {}
         # First block whose queries are still to come, when pages were last given back.
         self._block: dict[str, int] = {}
@@ -58,10 +61,16 @@ class SharedPagedManager(HeadPagedManager):
 
     def needs_of(self, request_id: str) -> PrefixPages:
         """Return what a request needs of a prefix."""
-        plan = self.plan_of(request_id)
-        if plan not in self._needs:
-            self._needs[plan] = PrefixPages(plan)
-        return self._needs[plan]
+        found = self._needs_of.get(request_id)
+        if found is None:
+            plan = self.plan_of(request_id)
+            found = self._needs.get(plan) or PrefixPages(plan)
+            self._needs[plan] = self._needs_of[request_id] = found
+        return found
+
+    def forget(self, request_id: str) -> None:
+        super().forget(request_id)
+        self._needs_of.pop(request_id, None)
 
     def pages_held(self, request_id: str) -> int:
         return self._held.get(request_id, 0)

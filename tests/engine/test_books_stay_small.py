@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler remembers does not grow with what clients send."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from kvserve.engine.named_policies import PolicyGuard, rule_of_request
+from kvserve.engine.page_tables import PageTables
+from kvserve.engine.shared_manager import SharedPagedManager
+from kvserve.engine.spec import SharedPagedSpec
+from kvserve.plugin import register
+from kvserve.stream_rule import StreamRule
+from policies.base import ModelShape
+from policies.full import Full
+
+PAGE, MAX_TOKENS, POOL = 32, 4096, 512
+MODEL = ModelShape("tiny", 1, 2, 2, 8, MAX_TOKENS)
+EARLY, LATE = 4_000, 20_000
+SLACK = 1_000
+"""Objects: pages change hands, and caches are more or less full."""
+
+
+class Server:
+    """The scheduler's and the worker's books of requests, without a model."""
+
+    def __init__(self) -> None:
+        register()
+        init_none_hash(sha256)
+        self.rule = StreamRule(
+            Full(), MODEL, PAGE, MAX_TOKENS, mixed=True, in_flight=512
+        )
+        self.guard = PolicyGuard(self.rule, MAX_TOKENS, POOL)
+        spec = SharedPagedSpec(
+            plan=self.rule.largest,
+            rule=self.rule,
+            num_scratch_pages=0,
+            block_size=PAGE,
+            num_kv_heads=1,
+            head_size=8,
+            dtype=torch.float32,
+        )
+        config = KVCacheConfig(POOL, [], [KVCacheGroupSpec(["first"], spec)])
+        self.pages = KVCacheManager(config, MAX_TOKENS, PAGE, PAGE, log_stats=False)
+        (manager,) = self.pages.coordinator.single_type_managers
+        assert isinstance(manager, SharedPagedManager)
+        self.manager = manager
+        self.tables = PageTables(self.rule.largest, 4, MAX_TOKENS, self.rule)
+        self._hasher = get_request_block_hasher(PAGE, sha256)
+
+    def serve(self, name: str, policy: str, prompt: list[int], reply: int) -> None:
+        """Let one request come, grow to its end and leave."""
+        params: Any = SamplingParams(max_tokens=reply, extra_args={"kv_policy": policy})
+        self.guard.admit(params, len(prompt))
+        request = Request(
+            name, prompt, params, None, block_hasher=self._hasher, cache_salt=name
+        )
+        tokens = len(prompt) + reply
+        named = rule_of_request(self.rule, params, tokens)
+        self.manager.expect(name, len(prompt), reply, named)
+        self.tables.expect(name, len(prompt), reply, named)
+        cached, count = self.pages.get_computed_blocks(request)[:2]
+        new = self.pages.allocate_slots(request, len(prompt) - count, count, cached)
+        assert new is not None
+        request.num_computed_tokens = len(prompt)
+        request.append_output_token_ids([1] * reply)
+        assert self.pages.allocate_slots(request, reply) is not None
+        request.status = RequestStatus.FINISHED_STOPPED
+        self.pages.free(request)
+        self.manager.forget(name)
+        self.tables.finish([name])
+
+
+def policy(number: int) -> str:
+    """Numbers that no other request names."""
+    return f"sink-recent:sinks={1 + number % 1801},recent={1 + number * 7 % 2003}"
+
+
+def objects() -> int:
+    gc.collect()
+    return len(gc.get_objects())
+
+
+def test_memory_is_flat_over_20000_different_requests() -> None:
+    server, early = Server(), 0
+    for number in range(LATE):
+        prompt = [number % 500, number // 500, *range(62)]
+        server.serve(f"request {number}", policy(number), prompt, 33)
+        if number == EARLY:
+            early = objects()
+    assert objects() - early < SLACK
+    assert server.pages.block_pool.get_num_free_blocks() == POOL - 1
