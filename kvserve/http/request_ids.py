@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import re
-import uuid
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvserve.http.gateway import Gateway, gateway_of, is_work
-from kvserve.http.receipts import of_request
+from kvserve.http.receipts import of_request, unique_id
 from kvserve.http.sampler import EngineSilentError
 
 _ID, _RECEIPT = "X-Request-Id", "X-KV-Receipt"
@@ -21,8 +20,9 @@ _SAFE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestIds:
     """Gives every request an id: the client's own if it is a plain one.
 
-    vLLM puts the id that a request carries into the engine's name of it, so the
-    response's ``X-Request-Id`` finds the receipt.
+    vLLM puts the id that a request carries into the engine's name of it and into the
+    ``id`` of the reply. It is made unique for that; the client gets its own back, and
+    either finds the receipt.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -34,16 +34,16 @@ class RequestIds:
             return
         scope = {**scope, "headers": list(scope["headers"])}
         headers = MutableHeaders(scope=scope)
-        request_id = headers.get(_ID, "")
-        if not _SAFE.fullmatch(request_id):
-            request_id = headers[_ID] = uuid.uuid4().hex
+        sent = headers.get(_ID, "")
+        is_plain = _SAFE.fullmatch(sent) is not None
+        request_id = headers[_ID] = unique_id(sent if is_plain else None)
         gateway = gateway_of(scope)
         wants_receipt = gateway.settings.receipt_header and is_work(scope)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 response = MutableHeaders(scope=message)
-                response[_ID] = request_id
+                response[_ID] = sent if is_plain else request_id
                 if wants_receipt and _is_whole_reply(message):
                     await _add_receipt(response, gateway, request_id)
             await send(message)
