@@ -9,6 +9,7 @@ An *entry* is what one KV head of one layer keeps of one token.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Container
@@ -19,6 +20,9 @@ from kvserve.lanes import IntArray
 from kvserve.plan import PagePlan
 from policies.base import Policy
 from policies.registry import changed_arguments
+
+_BEAM = re.compile(r"(?P<search>.+)-(?P<step>[0-9a-f]{32})-beam-\d+(-[0-9a-f]{8})?")
+"""What vLLM calls a beam: each step of a search has beams of its own."""
 
 MOST_RECEIPTS = 512
 """Receipts of the last requests that are kept."""
@@ -121,9 +125,24 @@ class Ledger:
             *((policy.name, changed_arguments(policy)) if policy else ()),
         )
         self._evicted += receipt.entries_evicted
+        self._forget_last_step(request_id)
         self._receipts[request_id] = receipt
         while len(self._receipts) > self._most:
             self._receipts.popitem(last=False)
+
+    def _forget_last_step(self, request_id: str) -> None:
+        """Keep of a beam search the last step alone, which has all tokens of it.
+
+        Else a search of some hundred tokens would push out the receipts of everybody.
+        """
+        beam = _BEAM.fullmatch(request_id)
+        if beam is None:
+            return
+        search, step = beam["search"], beam["step"]
+        for known in [*self._receipts]:
+            other = _BEAM.fullmatch(known)
+            if other and other["search"] == search and other["step"] != step:
+                del self._receipts[known]
 
     def end(self, request_id: str) -> None:
         """Count a request, closed before, that was not merely preempted."""

@@ -73,7 +73,11 @@ def without_budget(rule: StreamRule, text: str, tokens: int) -> str:
         if _is_number(hint)
     }
     pairs = [f"{key}={value}" for key, value in numbers.items() if value is not None]
-    return f"{spec.name}:{','.join(pairs)}"
+    settled = f"{spec.name}:{','.join(pairs)}"
+    # Nobody behind asks whether a text can be read: an error there ends the engine.
+    if rule_named(rule, settled, tokens).policy != policy:
+        raise UserError(f"{text}: its budget cannot be written as parameters")
+    return settled
 
 
 @lru_cache(maxsize=256)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.config import ModelConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from kvserve.evaluation.backend import FORCED_TOKENS
+from kvserve.errors import UserError
+from kvserve.evaluation.backend import FORCED_PROCESSOR, FORCED_TOKENS
 
 
 class ForcedTokens(AdapterLogitsProcessor):
@@ -23,9 +25,10 @@ class ForcedTokens(AdapterLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        forced = _forced(sampling_params)
-        if not isinstance(forced, list) or not all(type(t) is int for t in forced):
-            raise ValueError(f"{FORCED_TOKENS}: expected a list of token ids")
+        try:
+            _check_list(sampling_params)
+        except UserError as error:
+            raise ValueError(f"{FORCED_TOKENS}: {error}") from None
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -33,7 +36,7 @@ class ForcedTokens(AdapterLogitsProcessor):
     def new_req_logits_processor(
         self, params: SamplingParams
     ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
-        forced = _forced(params)
+        forced: list[int] = forced_in(params) or []
         if not forced:
             return None
 
@@ -49,5 +52,51 @@ class ForcedTokens(AdapterLogitsProcessor):
         return force
 
 
-def _forced(params: SamplingParams) -> Any:
-    return (params.extra_args or {}).get(FORCED_TOKENS) or []
+def forced_in(params: Any) -> Any:
+    """What a request names, or ``None``."""
+    return (getattr(params, "extra_args", None) or {}).get(FORCED_TOKENS)
+
+
+def check_forced(params: Any, model: ModelConfig) -> None:
+    """Refuse tokens that cannot be forced, before the engine sees them.
+
+    The processor itself cannot: it is asked without the model's vocabulary, and an
+    error while it runs would end the engine for everybody.
+
+    Raises:
+        UserError: one line, for whoever wrote the request.
+    """
+    forced = forced_in(params)
+    if forced is None:
+        return
+    loaded = model.logits_processors or []
+    if FORCED_PROCESSOR not in loaded and ForcedTokens not in loaded:
+        raise UserError(
+            "this server forces no tokens; start it with `--logits-processors "
+            f"{FORCED_PROCESSOR}`, or leave the field out"
+        )
+    _check_list(params)
+    most, vocabulary = params.max_tokens or model.max_model_len, model.get_vocab_size()
+    if len(forced) > most:
+        raise UserError(
+            f"{len(forced)} tokens are more than the reply's {most}; raise max_tokens, "
+            "or name fewer"
+        )
+    beyond = [token for token in forced if token >= vocabulary]
+    if beyond:
+        raise UserError(
+            f"{beyond[0]} is no token: the vocabulary has {vocabulary}, from 0 on"
+        )
+    if params.structured_outputs is not None:
+        raise UserError(
+            "tokens cannot be forced beside structured outputs; leave one of them out"
+        )
+
+
+def _check_list(params: Any) -> None:
+    forced = forced_in(params)
+    if forced is None:
+        return
+    whole = isinstance(forced, list) and all(type(token) is int for token in forced)
+    if not whole or any(token < 0 for token in forced):
+        raise UserError("expected a list of token ids, whole numbers from 0 on")

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import vllm
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchOutput
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
+from kvserve.engine.forced import check_forced
 from kvserve.engine.named_policies import PolicyGuard, named_in
 from kvserve.engine.options import (
     engine_options,
@@ -17,6 +19,8 @@ from kvserve.engine.options import (
 )
 from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
+from kvserve.errors import UserError
+from kvserve.evaluation.backend import FORCED_TOKENS
 from kvserve.models import resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
@@ -66,11 +70,21 @@ class LLM(vllm.LLM):
             raise stock_has_no_policies()
         super().__init__(**options)
         config = self.llm_engine.vllm_config
-        _guard(self.llm_engine, PolicyGuard.of_engine(config, policy is not None))
+        self._policy_guard = PolicyGuard.of_engine(config, policy is not None)
+        _guard(self.llm_engine, self._policy_guard)
+
+    def beam_search(self, *args: Any, **kwargs: Any) -> list[BeamSearchOutput]:
+        """As vLLM's, under policies that give it their real result.
+
+        Raises:
+            UserError: the policy would never compress.
+        """
+        self._policy_guard.admit_beams()
+        return super().beam_search(*args, **kwargs)
 
 
 def _guard(engine: Any, guard: PolicyGuard) -> None:
-    """Refuse requests whose policy cannot be honoured before the engine sees them.
+    """Refuse requests that cannot be honoured before the engine sees them.
 
     vLLM has no hook for it, so this instance's input processor gets one.
     """
@@ -79,6 +93,10 @@ def _guard(engine: Any, guard: PolicyGuard) -> None:
     def checked(*args: Any, **kwargs: Any) -> Any:
         request = process(*args, **kwargs)
         params = request.sampling_params
+        try:
+            check_forced(params, engine.vllm_config.model_config)
+        except UserError as error:
+            raise UserError(f"{FORCED_TOKENS}: {error}") from None
         if named_in(params) is not None:
             prompt = length_from_prompt_token_ids_or_embeds(
                 request.prompt_token_ids, request.prompt_embeds

@@ -16,6 +16,7 @@ from kvserve.engine.support import Rule, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.request_policies import rule_named, without_budget
 from kvserve.stream_rule import StreamRule
+from policies.base import DensePolicy
 
 KEY = "kv_policy"
 
@@ -92,6 +93,30 @@ class PolicyGuard:
         # Another request may share the dictionary.
         settled = without_budget(self._rule, str(text), tokens)
         params.extra_args = {**params.extra_args, KEY: settled}
+
+    def admit_beams(self) -> None:
+        """Let beam search pass, or refuse it.
+
+        Every step of a beam is a request of its own: prompt and reply so far, and one
+        more token. Under a policy of positions that is the same as going on.
+
+        Raises:
+            UserError: one line; the server's policy would be another one.
+        """
+        if self._rule is None:
+            return
+        policy = self._rule.policy
+        if isinstance(policy, DensePolicy):
+            what = "chooses what it keeps when a prompt has been read"
+        elif policy.capabilities.elastic:
+            what = "keeps what follows from the length of a reply"
+        else:
+            return
+        raise UserError(
+            f"policy {policy.name} {what}, but every step of beam search is a new "
+            "prompt with a reply of one token; sample with n, or ask a server with "
+            "another policy, such as sink-recent"
+        )
 
     def _check_allowed(self) -> None:
         """Refuse a request that names a policy where none may.

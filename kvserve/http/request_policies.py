@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy per request: what cannot be honoured gets 400 before the engine sees it.
+"""What a request asks of our own: what cannot be honoured gets 400 before the engine.
+
+That is a policy of its own, tokens to be forced, and beam search under a policy.
 
 vLLM has no hook between a request that it has read and its engine, so the instances of
 this API process get one. ``generate`` of the engine's client is on the way of every
@@ -18,10 +20,14 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 
+from kvserve.engine.forced import check_forced
 from kvserve.engine.named_policies import KEY, PolicyGuard, named_in
 from kvserve.errors import UserError
+from kvserve.evaluation.backend import FORCED_TOKENS
+from kvserve.http.receipts import unique_id
 
 PARAMETER = f"vllm_xargs.{KEY}"
+FORCED = f"vllm_xargs.{FORCED_TOKENS}"
 
 _WITH_BEAMS = {
     "openai_serving_chat": "create_chat_completion",
@@ -30,10 +36,14 @@ _WITH_BEAMS = {
 
 
 def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None:
-    """Refuse requests whose policy the server cannot honour."""
+    """Refuse requests that the server cannot honour."""
     model_config = engine_client.model_config
 
     def check(prompt: Any, params: Any) -> None:
+        try:
+            check_forced(params, model_config)
+        except UserError as error:
+            raise _refused(str(error), FORCED) from None
         if named_in(params) is None:
             return
         known = isinstance(prompt, dict)
@@ -55,10 +65,12 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             )
 
         responses._generate_with_builtin_tools = checked
+        responses.create_responses = _named_by_server(responses.create_responses)
     for name, method in _WITH_BEAMS.items():
         serving = getattr(state, name, None)
         if serving is not None:
-            setattr(serving, method, _without_beams(getattr(serving, method)))
+            create = getattr(serving, method)
+            setattr(serving, method, _without_beams(create, guard))
 
 
 def _checked_before(
@@ -73,18 +85,38 @@ def _checked_before(
     return checked
 
 
-def _without_beams(
+def _named_by_server(
     create: Callable[..., Awaitable[Any]],
 ) -> Callable[..., Awaitable[Any]]:
-    """Refuse a policy that beam search would lose."""
+    """Name responses as all else is named; a body may ask for any ``request_id``."""
+
+    async def named(request: Any, raw_request: Any = None) -> Any:
+        headers = {} if raw_request is None else raw_request.headers
+        request.request_id = f"resp_{headers.get('X-Request-Id') or unique_id()}"
+        return await create(request, raw_request)
+
+    return named
+
+
+def _without_beams(
+    create: Callable[..., Awaitable[Any]], guard: PolicyGuard
+) -> Callable[..., Awaitable[Any]]:
+    """Refuse beam search where it would lose what a request or the server asks for."""
 
     async def checked(request: Any, *args: Any, **kwargs: Any) -> Any:
-        if request.use_beam_search and KEY in (request.vllm_xargs or {}):
-            raise _refused(f"beam search takes no {KEY}; leave one of them out")
+        if request.use_beam_search:
+            for key, parameter in ((KEY, PARAMETER), (FORCED_TOKENS, FORCED)):
+                if key in (request.vllm_xargs or {}):
+                    message = f"beam search takes no {key}; leave one of them out"
+                    raise _refused(message, parameter)
+            try:
+                guard.admit_beams()
+            except UserError as error:
+                raise _refused(str(error), "use_beam_search") from None
         return await create(request, *args, **kwargs)
 
     return checked
 
 
-def _refused(message: str) -> VLLMValidationError:
-    return VLLMValidationError(f"{PARAMETER}: {message}", parameter=PARAMETER)
+def _refused(message: str, parameter: str = PARAMETER) -> VLLMValidationError:
+    return VLLMValidationError(f"{parameter}: {message}", parameter=parameter)

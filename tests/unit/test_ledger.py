@@ -100,6 +100,26 @@ def test_only_the_last_receipts_are_kept_the_newest_first() -> None:
     assert [receipt.request_id for receipt in ledger.receipts(())] == ["e", "d", "c"]
 
 
+def test_of_a_beam_search_the_last_step_is_kept_and_pushes_nobody_out() -> None:
+    ledger = Ledger(PLAN.full, most_receipts=5)
+    run(ledger, "other", 5)
+    ledger.close("other", PLAN, 0)
+    for search in ("cmpl-a-0", "cmpl-b-0"):
+        for step in range(40):
+            for beam in range(2):
+                name = f"{search}-{step:032x}-beam-{beam}-0123abcd"
+                run(ledger, name, 5 + step)
+                ledger.close(name, PLAN, 0)
+    last = [
+        f"{search}-{39:032x}-beam-{beam}-0123abcd"
+        for search in ("cmpl-b-0", "cmpl-a-0")
+        for beam in (1, 0)
+    ]
+    kept = ledger.receipts(())
+    assert [receipt.request_id for receipt in kept] == [*last, "other"]
+    assert {receipt.tokens_seen for receipt in kept[:4]} == {44}
+
+
 def test_a_receipt_names_the_policy_and_what_of_it_is_no_default() -> None:
     ledger = Ledger(PLAN.full)
     run(ledger, "a", 22)

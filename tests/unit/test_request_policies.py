@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kvserve import request_policies
 from kvserve.dense_plan import DenseRule
@@ -29,6 +31,34 @@ from policies.retrieval import Retrieval
 from policies.sharded import Sharded
 from policies.sink_recent import SinkRecent
 from policies.snapkv import SnapKV
+
+KEYS = ["budget", "sinks", "recent", "full_ratio", "length", "stride", "local_blocks"]
+KEYS += ["step", "offset", "dense_every", "dense_heads", "block", "insist", "pattern"]
+VALUES = [
+    "0",
+    "1",
+    "-1",
+    "32",
+    "33",
+    "64",
+    "1000",
+    "2048",
+    "2049",
+    "9223372036854775807",
+]
+VALUES += [
+    "1e3",
+    "1e400",
+    "nan",
+    "inf",
+    "true",
+    "none",
+    "",
+    "0.1",
+    "1e-300",
+    "25%",
+    "٣",
+]
 
 MODEL = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64, 2048)
 RULE = StreamRule(Full(), MODEL, 32, 2048, mixed=True)
@@ -339,6 +369,35 @@ class TestGuard:
             named = rule_of_request(RULE, params, tokens)
             assert named == expected
 
+    @given(
+        name=st.sampled_from(["full", "sink-recent", "retrieval", "moa", "sharded"]),
+        values=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES)),
+        prompt=st.integers(1, 2048),
+        reply=st.integers(1, 4096),
+        shared=st.booleans(),
+    )
+    @example("sharded", {"budget": "1000"}, 1000, 24, False)
+    def test_what_the_guard_lets_pass_can_be_planned_by_the_engine(
+        self, name: str, values: dict[str, str], prompt: int, reply: int, shared: bool
+    ) -> None:
+        from kvserve.engine.named_policies import PolicyGuard, rule_of_request
+
+        server = dataclasses.replace(RULE, in_flight=512 if shared else 0)
+        text = f"{name}:" + ",".join(f"{key}={one}" for key, one in values.items())
+        params = self.params(text, reply)
+        try:
+            PolicyGuard(server, 2048, 99999).admit(params, prompt)
+        except UserError:
+            return
+        named = rule_of_request(server, params, prompt + reply)
+        assert named is not None
+        plan = named.of_request(prompt, reply)
+        for tokens in (1, 33, min(prompt + reply, 2048)):
+            lanes = plan.lane_tokens(tokens)
+            assert 0 < lanes.sum() <= tokens * plan.num_lanes
+            assert plan.entries(tokens) >= plan.num_layers
+            assert plan.pages(tokens) <= server.full.pages(tokens)
+
     def test_responses_are_checked_before_they_begin(self) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
@@ -352,7 +411,8 @@ class TestGuard:
             generate=lambda *values: called.append(values[-1]),
         )
         responses = SimpleNamespace(
-            _generate_with_builtin_tools=lambda **_: called.append("response")
+            _generate_with_builtin_tools=lambda **_: called.append("response"),
+            create_responses=None,
         )
         state = SimpleNamespace(openai_serving_responses=responses)
         guard_requests(client, state, PolicyGuard(RULE, 2048, 99999))  # type: ignore[arg-type]
