@@ -12,6 +12,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 
+from kvserve.dense_plan import DenseRule
 from kvserve.engine.support import Rule, rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.request_policies import rule_named, without_budget
@@ -93,6 +94,22 @@ class PolicyGuard:
         # Another request may share the dictionary.
         settled = without_budget(self._rule, str(text), tokens)
         params.extra_args = {**params.extra_args, KEY: settled}
+
+    def remark(self, params: Any) -> str | None:
+        """Say what of a reply comes from a prompt that is not compressed yet."""
+        if not isinstance(self._rule, DenseRule):
+            return None
+        what = None
+        if params.prompt_logprobs is not None:
+            what = "log probabilities of the prompt are those"
+        elif params.max_tokens == 1:
+            what = "a reply of one token is that"
+        if what is None:
+            return None
+        return (
+            f"{what} of full attention, for policy {self._rule.policy.name} "
+            "compresses a prompt once it has been read"
+        )
 
     def admit_beams(self) -> None:
         """Let beam search pass, or refuse it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Request ids that client, server log and engine share, and the receipt header."""
+"""Request ids that client, server log and engine share, and headers of replies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvserve.http.gateway import Gateway, gateway_of, is_work
+from kvserve.http.notices import HEADER as NOTICE
+from kvserve.http.notices import collect
 from kvserve.http.receipts import of_request, unique_id
 from kvserve.http.sampler import EngineSilentError
 
@@ -37,13 +39,15 @@ class RequestIds:
         sent = headers.get(_ID, "")
         is_plain = _SAFE.fullmatch(sent) is not None
         request_id = headers[_ID] = unique_id(sent if is_plain else None)
-        gateway = gateway_of(scope)
+        gateway, notices = gateway_of(scope), collect()
         wants_receipt = gateway.settings.receipt_header and is_work(scope)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 response = MutableHeaders(scope=message)
                 response[_ID] = sent if is_plain else request_id
+                if notices:
+                    response[NOTICE] = "; ".join(notices)
                 if wants_receipt and _is_whole_reply(message):
                     await _add_receipt(response, gateway, request_id)
             await send(message)

@@ -24,6 +24,7 @@ from kvserve.engine.forced import check_forced
 from kvserve.engine.named_policies import KEY, PolicyGuard, named_in
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import FORCED_TOKENS
+from kvserve.http.notices import notice
 from kvserve.http.receipts import unique_id
 
 PARAMETER = f"vllm_xargs.{KEY}"
@@ -44,6 +45,8 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             check_forced(params, model_config)
         except UserError as error:
             raise _refused(str(error), FORCED) from None
+        if remark := guard.remark(params):
+            notice(remark)
         if named_in(params) is None:
             return
         known = isinstance(prompt, dict)

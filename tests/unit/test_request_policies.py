@@ -398,6 +398,45 @@ class TestGuard:
             assert plan.entries(tokens) >= plan.num_layers
             assert plan.pages(tokens) <= server.full.pages(tokens)
 
+    @pytest.mark.parametrize(
+        ("policy", "said"),
+        [(SnapKV(), "when a prompt has been read"), (MoA(), "the length of a reply")],
+    )
+    def test_beams_would_lose_what_these_policies_do(
+        self, policy: Any, said: str
+    ) -> None:
+        from kvserve.engine.named_policies import PolicyGuard
+
+        is_dense = isinstance(policy, SnapKV)
+        rule = DenseRule(policy, MODEL, 32, 2048) if is_dense else under(policy)
+        with pytest.raises(UserError, match=said):
+            PolicyGuard(rule, 2048, 999).admit_beams()
+        for same in (None, under(SinkRecent()), under(Retrieval()), RULE):
+            PolicyGuard(same, 2048, 999).admit_beams()
+
+    def test_replies_of_full_attention_say_so(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from vllm import SamplingParams
+
+        from kvserve.engine.named_policies import PolicyGuard
+        from kvserve.http.notices import collect, notice
+
+        dense = PolicyGuard(DenseRule(SnapKV(), MODEL, 32, 2048), 2048, 999)
+        asked = SamplingParams(max_tokens=9, prompt_logprobs=1)
+        said = dense.remark(asked)
+        assert said is not None
+        assert "log probabilities of the prompt are those of full attention" in said
+        assert "one token" in str(dense.remark(SamplingParams(max_tokens=1)))
+        assert dense.remark(SamplingParams(max_tokens=9)) is None
+        assert PolicyGuard(RULE, 2048, 999).remark(asked) is None
+        assert PolicyGuard(None, 2048, 999).remark(asked) is None
+        found = collect()
+        for _ in range(3):
+            notice(said)
+        assert [*found] == [said]
+        assert capsys.readouterr().err == f"kvserve: {said}\n"
+
     def test_responses_are_checked_before_they_begin(self) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
