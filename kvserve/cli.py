@@ -47,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(argv: list[str]) -> int:
+    from kvserve.start_up import be_quiet
+
+    quiet = be_quiet(argv)
     from kvserve.engine.serve import serve
 
-    return serve(argv)
+    return serve(argv, quiet)
 
 
 def _plan(argv: list[str]) -> int:

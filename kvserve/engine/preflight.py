@@ -21,6 +21,7 @@ from kvserve.engine.support import (
     Rule,
     check_batch,
     check_model,
+    fits,
     model_shape_of,
     page_format_of,
     rule_of,
@@ -102,14 +103,38 @@ def page_bytes_of(config: VllmConfig) -> int:
     return tokens * 2 * head_size * get_dtype_size(cast(torch.dtype, model.dtype))
 
 
+def what_fits(config: VllmConfig) -> list[str]:
+    """Say how many requests of some lengths the pool holds at once, and a full cache.
+
+    Nothing if vLLM is to size the pool: only the engine knows how large it will be.
+    """
+    size = _pool_bytes(config)
+    if size is None:
+        return []
+    rule, page = rule_of(config), page_bytes_of(config)
+    pool = size // page - scratch_of(config, rule) - 1
+    longest = config.model_config.max_model_len
+    found = [
+        f"{fits(rule, length, pool)} requests of {length} tokens"
+        f" (full cache: {(size // page - 1) // rule.full.pages(length)})"
+        for length in (longest // 4, longest)
+    ]
+    return [f"KV cache   {format_bytes(size)} hold {', or '.join(found)}"]
+
+
+def _pool_bytes(config: VllmConfig) -> int | None:
+    size = config.cache_config.kv_cache_memory_bytes
+    if size is None and envs.VLLM_CPU_KVCACHE_SPACE:
+        size = int(envs.VLLM_CPU_KVCACHE_SPACE * GiB_bytes)
+    return size
+
+
 def check_pool(config: VllmConfig, rule: Rule) -> None:
     """Refuse a pool that cannot hold one request of the longest length.
 
     A pool that vLLM sizes itself is checked by the engine process.
     """
-    size = config.cache_config.kv_cache_memory_bytes
-    if size is None and envs.VLLM_CPU_KVCACHE_SPACE:
-        size = int(envs.VLLM_CPU_KVCACHE_SPACE * GiB_bytes)
+    size = _pool_bytes(config)
     if size is None:
         return
     length = config.model_config.max_model_len

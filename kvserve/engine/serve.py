@@ -23,7 +23,7 @@ from kvserve.engine.options import (
     prepare_environment,
     stock_has_no_policies,
 )
-from kvserve.engine.preflight import check_start
+from kvserve.engine.preflight import check_start, what_fits
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.http.draining import engine_died
@@ -31,6 +31,7 @@ from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
+from kvserve.start_up import VERBOSE, Address, Progress, ready_block
 from policies.head_scores import has_shipped_profile
 from policies.registry import parse_arguments
 
@@ -138,8 +139,12 @@ def choose_policy(
     return PolicySettings(policy, settled)
 
 
-def serve(argv: list[str]) -> int:
-    """Run the server until it is stopped."""
+def serve(argv: list[str], quiet: bool = False) -> int:
+    """Run the server until it is stopped.
+
+    Args:
+        quiet: show no more than a user acts on.
+    """
     parser = FlexibleArgumentParser(  # type: ignore[no-untyped-call]
         prog="kvserve serve",
         description="Serve a model over the OpenAI API with per-head KV budgets.",
@@ -150,28 +155,50 @@ def serve(argv: list[str]) -> int:
     _add_cuda_argument(parser)
     add_request_policies(parser)
     add_http_arguments(parser)
+    _add_verbose(parser)
     args = parser.parse_args(argv)
     HttpSettings.from_args(args)  # refuses flags before anything is loaded
     args.middleware = [*args.middleware, *MIDDLEWARE]
     args.subparser = "serve"
+    address = Address.of(args.host, args.port, args.ssl_certfile is not None)
+    if not (args.uds or args.headless):
+        address.check_free()
     _resolve_model(args)
     args.dtype = settle_dtype(args.dtype)
     prepare_environment(vars(args))
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if args.allow_request_policies:
         _check_request_policies(args, settings)
+    about = ["policy     none: stock vLLM, which keeps every token for every head"]
     if settings is not None:
         settings = dataclasses.replace(
             settings, allow_request_policies=args.allow_request_policies
         )
         options = engine_options(settings, explicit_options(vars(args)))
-        check_start(options, announce=True)
+        config = check_start(options, announce=True)
+        about = [f"policy     {settings.policy}", *what_fits(config)]
         for name, value in options.items():
             setattr(args, name, value)
     validate_parsed_serve_args(args)
+    if quiet:
+        args.use_tqdm_on_load = False
+        if args.uvicorn_log_level == "info":
+            args.uvicorn_log_level = "warning"
+    if not (args.uds or args.headless):
+        name = (args.served_model_name or [args.model])[0]
+        Progress(address, ready_block(address, name, about)).start()
     ServeSubcommand.cmd(args)
     # vLLM's server ends in good order even when its engine was killed.
     return int(engine_died.is_set())
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        VERBOSE,
+        action="store_true",
+        help="show all of vLLM's log; VLLM_LOGGING_LEVEL chooses how much (default: "
+        "errors)",
+    )
 
 
 def _resolve_model(args: argparse.Namespace) -> None:

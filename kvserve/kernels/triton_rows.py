@@ -220,7 +220,7 @@ def _attend_many(
 ) -> None:
     """The rows of two queries and more; arguments as in ``row_attention``."""
     rows = seq_lens.shape[0]
-    tile = many_queries_tile(query, max_query_len)
+    tile = many_queries_tile(query, max_query_len, bool(pages.constants["SCALED"]))
     # A bound: a row has at most one tile that is not full.
     tiles = query.shape[0] // (tile.block_m // query.shape[1]) + rows
     tile_kernel[(tiles,)](
@@ -239,8 +239,11 @@ def single_query_tile(query: Tensor) -> Tile:
     return Tile(block_m, block_n, num_warps=4, num_stages=3)
 
 
-def many_queries_tile(query: Tensor, max_query_len: int) -> Tile:
-    """The largest tiles whose operands fit the 99 KiB of the smaller GPUs."""
+def many_queries_tile(query: Tensor, max_query_len: int, is_scaled: bool) -> Tile:
+    """The largest tiles whose operands fit the 99 KiB of the smaller GPUs.
+
+    Bytes widened on their way to the tensor cores take registers of their own.
+    """
     group, head_pad = query.shape[1], triton.next_power_of_2(query.shape[2])
     least = triton.next_power_of_2(group)
     pairs = triton.next_power_of_2(max_query_len * group)
@@ -249,7 +252,8 @@ def many_queries_tile(query: Tensor, max_query_len: int) -> Tile:
     if head_pad > 128:
         return Tile(max(64, least), 32, num_warps=4, num_stages=2)
     block_m = max(least, min(128, max(64, pairs)))
-    return Tile(block_m, 64, num_warps=block_m // 16, num_stages=2)
+    block_n = 32 if is_scaled else 64
+    return Tile(block_m, block_n, num_warps=block_m // 16, num_stages=2)
 
 
 def _launch(query: Tensor, tile: Tile) -> dict[str, Any]:

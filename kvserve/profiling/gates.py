@@ -146,10 +146,12 @@ def gates_so_far(store: Path, steps: int) -> Tensor | None:
     ``None`` before its middle: until then few gates have closed, and the order of the
     others is chance.
     """
-    state = torch.load(store, map_location="cpu") if store.exists() else {"step": 0}
-    if state["step"] < max(steps // 2, 1):
+    if not store.exists():
         return None
-    average: Tensor = state["total"] / state["step"]
+    run: dict[str, Any] = torch.load(store, map_location="cpu")
+    if run["step"] < max(steps // 2, 1):
+        return None
+    average: Tensor = run["total"] / run["step"]
     return average
 
 

