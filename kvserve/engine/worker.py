@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from kvserve.dense_plan import DenseRule
 from kvserve.engine import hardware
 from kvserve.engine.backend import HeadPagedMetadataBuilder
+from kvserve.engine.compiled_code import let_compiled_code_load
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
@@ -182,3 +183,7 @@ class HeadPagedWorker(Worker):
 
 class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
     """The same on a CPU."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        let_compiled_code_load()
+        super().load_model(*args, **kwargs)
