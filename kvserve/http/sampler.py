@@ -61,7 +61,9 @@ class Sampler:
         if self._pending is None or self._pending.done():
             self._pending = asyncio.create_task(self._fetch())
             # Nobody may be waiting any more when it fails.
-            self._pending.add_done_callback(lambda task: task.exception())
+            self._pending.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )
         try:
             return await asyncio.wait_for(asyncio.shield(self._pending), patience)
         except TimeoutError:
