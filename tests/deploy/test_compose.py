@@ -18,12 +18,16 @@ from tests.deploy.conftest import DEPLOY, ROOT, load_yaml, run_tool
 _OURS = {"cpu": "kvserve-cpu", "gpu": "kvserve-gpu"}
 
 
-def compose(*profiles: str, **environment: str) -> dict[str, Any]:
-    flags = [flag for profile in profiles for flag in ("--profile", profile)]
-    file = DEPLOY / "compose.yaml"
-    text = run_tool(
-        "docker-compose", "-f", file, *flags, "config", "--format=json", **environment
-    )
+def compose(
+    *profiles: str, override: str | None = None, **environment: str
+) -> dict[str, Any]:
+    files = ["compose.yaml", *([override] if override else [])]
+    flags: list[str | Path] = []
+    for file in files:
+        flags += ["-f", DEPLOY / file]
+    for profile in profiles:
+        flags += ["--profile", profile]
+    text = run_tool("docker-compose", *flags, "config", "--format=json", **environment)
     config: dict[str, Any] = json.loads(text)
     return config
 
@@ -40,6 +44,14 @@ def test_a_profile_starts_its_server_prometheus_and_grafana(profile: str) -> Non
     assert names == {_OURS[profile], "prometheus", "grafana"}
 
 
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_an_override_leaves_grafana_out_and_nothing_else(profile: str) -> None:
+    config = compose(profile, override="compose.no-grafana.yaml")
+    whole = compose(profile)
+    del whole["services"]["grafana"], whole["volumes"]["grafana-data"]
+    assert config == whole
+
+
 def test_no_service_runs_as_root_or_may_gain_rights(
     services: dict[str, dict[str, Any]],
 ) -> None:
@@ -51,13 +63,20 @@ def test_no_service_runs_as_root_or_may_gain_rights(
         assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-def test_every_service_has_limits_of_memory_and_processors(
-    services: dict[str, dict[str, Any]],
-) -> None:
+def test_every_service_has_limits_of_memory_and_processors() -> None:
+    services = compose("cpu", "gpu", "loadtest", KVSERVE_CPUS="3")["services"]
     for name, service in services.items():
         limits = service["deploy"]["resources"]["limits"]
-        assert float(limits["cpus"]) > 0, name
+        assert float(limits["cpus"]) == (3 if name in _OURS.values() else 1), name
         assert int(limits["memory"]) > 0, name
+
+
+def test_no_service_asks_for_more_processors_than_a_machine_may_have(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    """An engine refuses to start what may use more processors than there are."""
+    for name, service in services.items():
+        assert service["deploy"]["resources"]["limits"].get("cpus", 0) <= 1, name
 
 
 def test_every_service_that_stays_has_a_health_check(
@@ -169,6 +188,31 @@ def test_the_dockerfile_has_the_targets_that_are_built_and_lints_clean(
     run_tool("hadolint", ROOT / "Dockerfile")
 
 
+def test_a_mirror_is_named_by_arguments_that_the_dockerfile_has() -> None:
+    """Those that are not set are left out, so the Dockerfile's own values count."""
+    text = (ROOT / "Dockerfile").read_text()
+    wanted = {
+        "cpu": {"PYTHON_IMAGE", "TORCH_INDEX", "PACKAGE_INDEX"},
+        "gpu": {"VLLM_IMAGE", "PACKAGE_INDEX"},
+    }
+    for profile, names in wanted.items():
+        mirror = {name: f"mirror/{name}" for name in names}
+        build = compose(profile, **mirror)["services"][_OURS[profile]]["build"]
+        assert build["args"] == mirror
+        build = compose(profile)["services"][_OURS[profile]]["build"]
+        assert not build.get("args")
+        for name in names:
+            assert f"\nARG {name}=" in text, name
+
+
+def test_what_is_compiled_and_downloaded_lies_in_the_volume() -> None:
+    stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]
+    for stage in stages:
+        if stage.split()[2] in _OURS:
+            assert "VLLM_CACHE_ROOT=/var/cache/kvserve/" in stage
+            assert "HF_HOME=/var/cache/kvserve/" in stage
+
+
 def test_images_end_as_a_user_who_is_not_root() -> None:
     stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1:]
     final = [stage for stage in stages if stage.split()[2] in _OURS]
@@ -217,3 +261,15 @@ def test_vllm_serve_in_our_images_is_kvserve_serve(
         check=True,
     )
     assert done.stdout.strip() == told
+
+
+def test_the_script_that_tries_images_refuses_a_step_it_has_not() -> None:
+    done = subprocess.run(
+        [ROOT / "scripts" / "try_compose.sh", "build", "fly"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("try_compose: no such step: fly; there are build ")
+    assert not done.stdout
