@@ -36,8 +36,10 @@ class Result:
 
     Attributes:
         seconds: from the first request sent to the last reply.
+        completed: requests that were answered in full; only they count below.
         ttft: time to first token, s, from sending the request.
-        itl: time between two tokens of a reply, s.
+        itl: time between two tokens of a reply, s; tokens that came in one chunk share
+            the time since the chunk before.
         timeline: the server's own gauges during the run.
     """
 
@@ -56,11 +58,14 @@ class Result:
     def from_run(
         cls, policy: str, measured: dict[str, Any], timeline: list[Sample]
     ) -> Result:
-        """Read the client's result (``engine.bench_client.send``)."""
+        """Read the client's result (``engine.bench_client.send``).
+
+        Latencies are those of requests that were answered in full. One that failed has
+        no output, but times of what came before.
+        """
         errors = [error for error in measured["errors"] if error]
-        # A stream's first chunk names the role, its second carries the first token:
-        # the gap between them is no time between tokens.
-        gaps = [gap for gaps in measured["itls"] for gap in gaps[1:]]
+        whole = [at for at, tokens in enumerate(measured["output_lens"]) if tokens]
+        gaps = [gap for at in whole for gap in measured["itls"][at]]
         return cls(
             policy=policy,
             seconds=measured["duration"],
@@ -69,7 +74,7 @@ class Result:
             first_error=errors[0].strip().splitlines()[-1] if errors else "",
             prompt_tokens=measured["total_input_tokens"],
             output_tokens=measured["total_output_tokens"],
-            ttft=Spread.of([ttft for ttft in measured["ttfts"] if ttft]),
+            ttft=Spread.of([measured["ttfts"][at] for at in whole]),
             itl=Spread.of(gaps),
             timeline=timeline,
         )

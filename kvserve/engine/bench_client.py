@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own benchmark client (``vllm bench serve``), run in this process."""
+"""vLLM's own benchmark client (``vllm bench serve``), run in this process.
+
+Except for how a stream is read: vLLM's takes a chunk for a token, and a stream that
+breaks off for a reply.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import io
+import json
+import os
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import aiohttp
 import numpy as np
 from vllm.benchmarks.datasets import SampleRequest
+from vllm.benchmarks.lib.endpoint_request_func import (
+    ASYNC_REQUEST_FUNCS,
+    RequestFuncInput,
+    RequestFuncOutput,
+    StreamedResponseHandler,
+)
 from vllm.benchmarks.serve import TaskType, benchmark
 
+from kvserve.bench.stream import DONE, Reply
 from kvserve.bench.workloads import Request
 
 _ENDPOINT = "/v1/chat/completions"
+_OURS = "kvserve-chat"
 
 
 def send(
@@ -41,8 +57,10 @@ def send(
 
     Returns:
         Its result, with a list per request of ``ttfts``, ``itls`` and ``latencies``
-        in seconds, ``errors``, and totals such as ``duration``.
+        in seconds, ``output_lens`` (0 for a request that failed), ``errors``, and
+        totals such as ``duration``.
     """
+    ASYNC_REQUEST_FUNCS[_OURS] = _ask
     random.seed(seed)
     np.random.seed(seed)
     # Its report of fifty lines would hide the table that follows.
@@ -50,7 +68,7 @@ def send(
         return asyncio.run(
             benchmark(
                 task_type=TaskType.GENERATION,
-                endpoint_type="openai-chat",
+                endpoint_type=_OURS,
                 api_url=base_url + _ENDPOINT,
                 base_url=base_url,
                 model_id=model,
@@ -84,3 +102,63 @@ def _sample(request: Request) -> SampleRequest:
         expected_output_len=request.output_tokens,
         chat_messages=messages,
     )
+
+
+async def _ask(
+    request_func_input: RequestFuncInput,
+    session: aiohttp.ClientSession,
+    pbar: Any = None,
+) -> RequestFuncOutput:
+    """Send one request and time its tokens, in the shape that vLLM's client wants."""
+    asked = request_func_input
+    output = RequestFuncOutput(prompt_len=asked.prompt_len)
+    reply, start = Reply(), time.perf_counter()
+    output.start_time = start
+    try:
+        async with session.post(
+            asked.api_url, json=_body(asked), headers=_headers()
+        ) as response:
+            if response.status == 200:
+                await _read(response, reply)
+                output.error = reply.end()
+            else:
+                output.error = f"HTTP {response.status} {await response.text()}".strip()
+    except (OSError, TimeoutError, ValueError, aiohttp.ClientError) as error:
+        output.error = f"{type(error).__name__}: {error}"
+    output.success = not output.error
+    if reply.first is not None:
+        output.ttft, output.itl = reply.first - start, reply.gaps
+        output.latency = reply.last - start
+    output.output_tokens, output.generated_text = reply.tokens, reply.text
+    output.prompt_len = reply.prompt_tokens or asked.prompt_len
+    if pbar:
+        pbar.update(1)
+    return output
+
+
+def _body(asked: RequestFuncInput) -> dict[str, Any]:
+    return {
+        "model": asked.model_name or asked.model,
+        "messages": asked.chat_messages,
+        "max_completion_tokens": asked.output_len,
+        "ignore_eos": asked.ignore_eos,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **(asked.extra_body or {}),
+    }
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _read(response: aiohttp.ClientResponse, reply: Reply) -> None:
+    handler = StreamedResponseHandler()  # type: ignore[no-untyped-call]
+    async for part in response.content.iter_any():
+        now = time.perf_counter()
+        for message in handler.add_chunk(part):
+            # A comment, which keeps a connection open, begins with a colon.
+            data = message.removeprefix("data: ")
+            if data != DONE and not message.startswith(":"):
+                reply.add(json.loads(data), now)

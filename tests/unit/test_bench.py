@@ -203,9 +203,10 @@ def _measured() -> dict[str, Any]:
         "failed": 1,
         "total_input_tokens": 200,
         "total_output_tokens": 6,
-        # Role, then a token at once, then two more.
-        "itls": [[0.0, 0.1, 0.3], [0.0, 0.2], []],
-        "ttfts": [1.0, 3.0, 0.0],
+        # The third broke off after three tokens.
+        "output_lens": [3, 2, 0],
+        "itls": [[0.1, 0.3], [0.2], [60.0, 60.0]],
+        "ttfts": [1.0, 3.0, 50.0],
         "errors": ["", "", "Traceback\nConnectionError: gone\n"],
     }
 
@@ -220,7 +221,7 @@ def test_a_result_has_rates_of_the_run_and_peaks_of_the_server() -> None:
     assert result.requests_per_second == 0.5
     assert result.output_per_second == 1.5
     assert (result.ttft.mean, result.ttft.p50) == (2.0, 2.0)
-    # Gaps between tokens, without the one between role and first token.
+    # Nothing of the one that failed.
     assert result.itl.mean == pytest.approx(0.2)
     assert (result.most_running, result.peak_usage, result.preemptions) == (2, 0.5, 2)
     assert result.first_error == "ConnectionError: gone"
@@ -245,7 +246,7 @@ def test_the_table_compares_throughput_with_the_first_row() -> None:
 
 
 def test_a_run_in_which_everything_failed_is_still_shown() -> None:
-    nothing = {"completed": 0, "total_output_tokens": 0, "itls": [], "ttfts": []}
+    nothing = {"completed": 0, "total_output_tokens": 0, "output_lens": [0, 0, 0]}
     assert "| 0.00 |" in table([_result("full", **nothing)])
 
 
