@@ -15,6 +15,8 @@ FROM ${PYTHON_IMAGE} AS cpu-build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG TORCH_INDEX
 ARG PACKAGE_INDEX
+# Whoever runs the image may not write there, and would compile at every start.
+ENV UV_COMPILE_BYTECODE=1
 WORKDIR /opt/kvserve
 RUN python3 -m venv /opt/venv && \
     /opt/venv/bin/pip install --no-cache-dir -i "$PACKAGE_INDEX" uv==0.13.9
@@ -39,22 +41,26 @@ RUN KVSERVE_CACHE=/var/cache/kvserve /opt/venv/bin/python -c \
 
 FROM ${PYTHON_IMAGE} AS cpu
 # g++ for torch.compile and our own kernels, libnuma for vLLM. Debian's mirrors keep one
-# version of each; the base image's tag says which release.
+# version of each; the base image's tag says which release. What is compiled includes
+# Python's own header, which not every image has.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && \
+RUN ls "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" && \
+    apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && \
     rm -rf /var/lib/apt/lists/* && \
     useradd --uid 10001 --user-group kvserve && \
     install -d -o 10001 -g 0 -m 775 /home/kvserve /var/cache/kvserve
 COPY --from=cpu-build /opt/venv /opt/venv
 COPY --from=cpu-build --chown=10001:0 /var/cache/kvserve /var/cache/kvserve
 COPY deploy/image/vllm /opt/kvserve/bin/vllm
-# What is compiled and downloaded lies in the one directory that is worth a volume.
+# What is compiled and downloaded lies in the one directory that is worth a volume. PyTorch
+# need not warn that there is no Triton.
 ENV PATH=/opt/kvserve/bin:/opt/venv/bin:$PATH \
     HOME=/home/kvserve \
     KVSERVE_CACHE=/var/cache/kvserve \
     VLLM_CACHE_ROOT=/var/cache/kvserve/vllm \
     HF_HOME=/var/cache/kvserve/huggingface \
     VLLM_PLUGINS=kvserve \
+    TORCH_LOGS=-torch._library.triton \
     VLLM_NO_USAGE_STATS=1
 USER 10001:10001
 WORKDIR /home/kvserve

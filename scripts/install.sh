@@ -15,6 +15,12 @@ command -v c++ g++ clang++ >/dev/null || {
   echo "kvserve needs a C++ compiler (torch.compile): install g++" >&2
   exit 2
 }
+# Distributions package it apart; what torch.compile makes includes it.
+header=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+[ -e "$header" ] || {
+  echo "kvserve needs $header (torch.compile): install python3-dev, or what has it" >&2
+  exit 2
+}
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { PIP_RETRIES=${PIP_RETRIES:-1} "$VENV/bin/python" -m pip "$@"; }

@@ -16,12 +16,13 @@ IMAGE=kvserve:0.1.0-cpu
 API=http://127.0.0.1:${KVSERVE_PORT:-8000}
 PROMETHEUS=http://127.0.0.1:${PROMETHEUS_PORT:-9090}
 LOAD=${LOAD:---workload long-document --requests 20 --rate 0.5}
-ALONE=kvserve-alone
+PROJECT=kvserve-try
+ALONE=kvserve-alone SERVER=$PROJECT-kvserve-cpu-1 WATCHER=$PROJECT-prometheus-1
 
 compose() {
   local file files=(-f deploy/compose.yaml -f deploy/compose.no-grafana.yaml)
   for file in ${OVERRIDES:-}; do files+=(-f "$file"); done
-  ${COMPOSE:-docker compose} --project-name kvserve-try "${files[@]}" --profile cpu "$@"
+  ${COMPOSE:-docker compose} --project-name $PROJECT "${files[@]}" --profile cpu "$@"
 }
 
 say() { printf '\n== %s\n' "$*"; }
@@ -37,7 +38,7 @@ wait_until_healthy() { # CONTAINER SECONDS
     case $state in
       'running healthy') break ;;
       running*) ((SECONDS - start < $2)) || fail "$1 is not healthy after $2 s" ;;
-      *) fail "$1 ended ($state): $(docker logs "$1" 2>&1 | tail -20)" ;;
+      *) fail "$1 ended ($state): $(docker logs "$1" 2>&1 | tail -60)" ;;
     esac
     sleep 1
   done
@@ -60,7 +61,7 @@ expect_paris() {
 expect_exit() { # CONTAINER
   local code
   code=$(docker inspect -f '{{.State.ExitCode}}' "$1")
-  [ "$code" = 0 ] || fail "$1 ended with exit code $code: $(docker logs "$1" 2>&1 | tail -20)"
+  [ "$code" = 0 ] || fail "$1 ended with exit code $code: $(docker logs "$1" 2>&1 | tail -60)"
 }
 
 build() {
@@ -85,14 +86,14 @@ alone() {
   expect_paris
   docker stop -t 60 $ALONE >/dev/null
   expect_exit $ALONE
-  docker logs $ALONE 2>&1 | tail -40
+  docker logs $ALONE 2>&1 | tail -40 | cut -c1-200
   docker rm -fv $ALONE >/dev/null
 }
 
 up() {
   compose up -d
-  wait_until_healthy "$(compose ps -q kvserve-cpu)" 900
-  wait_until_healthy "$(compose ps -q prometheus)" 60
+  wait_until_healthy $SERVER 900
+  wait_until_healthy $WATCHER 60
   docker stats --no-stream
   expect_paris
 }
@@ -128,14 +129,15 @@ stop() {
   wait $! || fail "the reply that ran was cut off"
   grep -q '"finish_reason":"length"' "$reply" || fail "cut off: $(cat "$reply")"
   rm "$reply"
-  for container in $(compose ps -aq); do expect_exit "$container"; done
+  expect_exit $SERVER
+  expect_exit $WATCHER
   say "stopped in $((SECONDS - start)) s, after a reply of 512 tokens; exit codes 0"
 }
 
 # The volume holds what the first start compiled.
 again() {
   compose up -d
-  wait_until_healthy "$(compose ps -q kvserve-cpu)" 900
+  wait_until_healthy $SERVER 900
   expect_paris
 }
 
