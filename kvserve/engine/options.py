@@ -7,6 +7,7 @@ switched off with one log line when they are merely vLLM's default.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -222,6 +223,7 @@ def prepare_environment(options: Mapping[str, Any]) -> None:
     named = os.environ.get("VLLM_PLUGINS")
     plugins = _installed_plugins() if named is None else set(named.split(","))
     os.environ["VLLM_PLUGINS"] = ",".join(sorted((plugins | {"kvserve"}) - {""}))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # on GPUs vLLM tells its makers
     if current_platform.is_cpu():
         _bind_threads(local_workers(options))
     elif options.get("experimental_cuda"):
@@ -282,12 +284,19 @@ def _installed_plugins() -> set[str]:
 
 def explicit_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the engine options in ``values`` that differ from vLLM's defaults."""
-    defaults = EngineArgs()
+    defaults = {field.name: _default(field) for field in dataclasses.fields(EngineArgs)}
     return {
         name: value
         for name, value in values.items()
-        if hasattr(defaults, name) and value != getattr(defaults, name)
+        if name in defaults and value != defaults[name]
     }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of one field: whoever makes the whole looks up vLLM's own model."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def check_platform() -> None:
