@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from kvserve.cores import share_threads
 from kvserve.errors import UserError
 
 _USAGE = """usage: kvserve COMMAND [options]
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in _COMMANDS:
             known = ", ".join(_COMMANDS)
             raise UserError(f"{name}: no such command; choose one of {known}")
+        share_threads()  # before torch is imported, which counts cores
         return _COMMANDS[name](rest)
     except UserError as error:
         print(f"kvserve: error: {error}", file=sys.stderr)

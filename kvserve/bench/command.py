@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import urllib.error
@@ -27,6 +26,7 @@ from kvserve.bench.workloads import (
     read_workload,
     write_workload,
 )
+from kvserve.cores import Cores
 from kvserve.errors import UserError
 from kvserve.units import parse_bytes
 from policies.budgets import PolicySpec, split_policies
@@ -304,5 +304,5 @@ def _about(args: argparse.Namespace, server_flags: list[str]) -> dict[str, Any]:
         "kvserve": __version__,
         "settings": settings,
         "server_flags": server_flags,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": Cores.of_this_process().count,
     }

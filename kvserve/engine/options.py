@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import (
@@ -25,6 +26,7 @@ from vllm.plugins import (
     STAT_LOGGER_PLUGINS_GROUP,
 )
 
+from kvserve.cores import Cores, share_threads
 from kvserve.engine import hardware
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
@@ -41,6 +43,8 @@ _ELASTIC = "kvserve.engine.scheduler.ElasticScheduler"
 _SHARING = "kvserve.engine.scheduler.SharingScheduler"
 _DENSE = "kvserve.engine.dense_scheduler.DenseScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_UNNAMED = ("auto", "nobind")
+"""Settings of the binding that name no cores."""
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _STOCK = "or serve with stock vLLM: `--policy none`"
 
@@ -113,7 +117,9 @@ def _on_cpu(options: Mapping[str, Any]) -> dict[str, Any]:
     them apart on CPUs, for it once could not bind a process's threads by itself.
     """
     ranks = math.prod(options.get(name) or 1 for name in _PER_REPLICA)
-    if ranks > 1 or options.get("distributed_executor_backend"):
+    # Alone in its process it would have no list of cores that the user names.
+    bound = _named_cores() not in (None, *_UNNAMED)
+    if ranks > 1 or bound or options.get("distributed_executor_backend"):
         return {}
     return {"distributed_executor_backend": _IN_ENGINE}
 
@@ -214,20 +220,24 @@ def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
     return block_size
 
 
-def prepare_environment(options: Mapping[str, Any]) -> None:
-    """Make sure that vLLM loads our plugin and uses every CPU it may use.
+def prepare_environment(options: Mapping[str, Any]) -> str:
+    """Make sure that vLLM loads our plugin and uses every CPU it may use, and no more.
 
     Args:
         options: vLLM engine options by field name; those left out are defaults.
+
+    Returns:
+        What runs on which cores, in words; nothing where a GPU does the work.
     """
     named = os.environ.get("VLLM_PLUGINS")
     plugins = _installed_plugins() if named is None else set(named.split(","))
     os.environ["VLLM_PLUGINS"] = ",".join(sorted((plugins | {"kvserve"}) - {""}))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # on GPUs vLLM tells its makers
     if current_platform.is_cpu():
-        _bind_threads(local_workers(options))
-    elif options.get("experimental_cuda"):
+        return _bind_threads(local_workers(options))
+    if options.get("experimental_cuda"):
         os.environ[EXPERIMENTAL_CUDA] = "1"
+    return ""
 
 
 def local_workers(options: Mapping[str, Any]) -> int:
@@ -239,31 +249,48 @@ def local_workers(options: Mapping[str, Any]) -> int:
     return max(math.prod(sizes) * replicas, 1)
 
 
-def _bind_threads(workers: int) -> None:
-    """Give every worker cores of its own, unless the user did.
+def _bind_threads(workers: int) -> str:
+    """Give every worker threads and cores of its own, unless the user did.
 
     vLLM's automatic binding leaves one core idle, and wants a NUMA node per worker.
+
+    Returns:
+        What runs on what.
     """
-    asked = os.environ.get(_BINDING)
-    # An engine that this process started before may have had other workers.
-    ours = {_binding(count + 1) for count in range(len(os.sched_getaffinity(0)))}
-    if asked is None or asked in ours:
+    asked = _named_cores()
+    if asked is None:
         os.environ[_BINDING] = _binding(workers)
-    elif asked not in ("auto", "nobind") and asked.count("|") + 1 != workers:
+    elif asked not in _UNNAMED and asked.count("|") + 1 != workers:
         raise UserError(
             f"{_BINDING}={asked}: names cores for {asked.count('|') + 1} workers, but "
             f"{workers} will run; part {workers} lists with |, or unset it"
         )
+    threads = share_threads(workers)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)  # read the environment when it was imported
+    if asked in (None, *_UNNAMED):
+        return Cores.of_this_process().describe(workers)
+    return f"threads on cores as {_BINDING}={asked} says"
+
+
+def _named_cores() -> str | None:
+    """What the user set for binding threads, if he did."""
+    asked = os.environ.get(_BINDING)
+    # An engine that this process started before may have had other workers.
+    ours = {_binding(count + 1) for count in range(len(os.sched_getaffinity(0)))}
+    return None if asked in ours else asked
 
 
 def _binding(workers: int) -> str:
     """Deal cores to workers as vLLM reads it: ``0,1|2,3``."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < workers:
+    cores = Cores.of_this_process()
+    # Which cores a quota's time is spent on is for the system to choose: others, with
+    # quotas of their own, may run on the first ones too.
+    if cores.is_cut or cores.count < workers:
         return "nobind"
-    ends = [len(cores) * place // workers for place in range(workers + 1)]
+    ends = [cores.count * place // workers for place in range(workers + 1)]
     return "|".join(
-        ",".join(map(str, cores[first:last]))
+        ",".join(map(str, cores.visible[first:last]))
         for first, last in itertools.pairwise(ends)
     )
 

@@ -165,7 +165,8 @@ def serve(argv: list[str], quiet: bool = False) -> int:
         address.check_free()
     _resolve_model(args)
     args.dtype = settle_dtype(args.dtype)
-    prepare_environment(vars(args))
+    if runs_on := prepare_environment(vars(args)):
+        print(f"kvserve: {runs_on}", file=sys.stderr)
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if args.allow_request_policies:
         _check_request_policies(args, settings)
