@@ -167,8 +167,15 @@ class PagePlan:
     def lanes(self) -> Lanes:
         """The lanes as arrays ``[num_layers, num_kv_heads]``."""
         sinks = np.array(self.sinks, dtype=np.int64)
-        shards = np.array(self.shards or np.zeros_like(sinks), dtype=np.int64)
-        stays = (shards[..., None] >> np.arange(self.stride)) & 1 > 0
+        # Of Python's whole numbers: int64 has no bit for the 64th place.
+        shards, places = self.shards or self.full.sinks, range(self.stride)
+        stays = np.array(
+            [
+                [[kept >> place & 1 for place in places] for kept in row]
+                for row in shards
+            ],
+            dtype=bool,
+        )
         windows = np.array(self.windows, dtype=np.int64)
         return Lanes.make(sinks, windows, stays, recycles=not self.is_shared)
 

@@ -2,9 +2,9 @@
 """A Llama in plain float32 PyTorch whose every KV head has its own visibility mask.
 
 Slow on purpose: the whole sequence at once, dense masks, one KV head after the other.
-Knows nothing of pages, lanes, chunks or slots, only of the rule in ``docs/design.md``:
-a query in block ``i`` of a bounded head sees the sink blocks, the head's shards and
-blocks ``i - w + 1 .. i``, causally; a full head sees everything.
+Knows nothing of pages, lanes, chunks or slots, only of the rule in
+``docs/architecture.md``: a query in block ``i`` of a bounded head sees the sink blocks,
+the head's shards and blocks ``i - w + 1 .. i``, causally; a full head sees everything.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from kvserve.errors import UserError
 from kvserve.plan import PagePlan
-from policies.base import FULL, ModelShape
+from policies.base import FULL, HeadBudget, ModelShape
 from policies.sharded import Sharded
 from tests.reference.visibility import visible_blocks
 
@@ -79,6 +79,33 @@ def test_every_kv_head_sees_its_own_shard(
                 for key in range(30)
                 if formula(query, key, head, 2, stride, shift, offset)
             ]
+
+
+@pytest.mark.parametrize("stride", range(1, 65))
+def test_every_stride_that_may_be_asked_for_makes_the_plan_of_the_formula(
+    stride: int,
+) -> None:
+    model = dataclasses.replace(TOY, num_query_heads=64, num_kv_heads=64)
+    policy = Sharded(block=32, local_blocks=3, stride=stride, step=1, insist=True)
+    plan = PagePlan.from_budgets(policy.budgets(model, 1 << 20), 32)
+    query = 3 * stride + 5
+    for head in (0, 1, 31, 62, 63):
+        assert visible_blocks(plan, 1, head, query) == [
+            key
+            for key in range(query + 1)
+            if formula(query, key, head, 3, stride, 1, 1)
+        ]
+
+
+@pytest.mark.parametrize("stride", [63, 64, 65, 200, 1000])
+def test_a_policy_of_ones_own_may_have_longer_turns(stride: int) -> None:
+    shards = frozenset({0, stride // 2, stride - 1})
+    budgets = ((HeadBudget(0, 64, stride, shards),),)
+    plan = PagePlan.from_budgets(budgets, 32)
+    for query in (stride - 1, stride, 3 * stride + 1):
+        assert visible_blocks(plan, 0, 0, query) == [
+            key for key in range(query + 1) if query - key < 2 or key % stride in shards
+        ]
 
 
 def test_a_kv_head_of_query_patterns_sees_the_shards_of_its_group() -> None:
