@@ -251,7 +251,7 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
         raise _unsupported(name, "no attention")
     for layer in layers.values():
         if layer.attn_type != AttentionType.DECODER:
-            raise _unsupported(name, f"{layer.attn_type} attention")
+            raise _unsupported(name, f"{AttentionType(layer.attn_type).value} attention")
         if layer.sliding_window is not None:
             raise _unsupported(name, "built-in sliding-window")
         if layer.kv_sharing_target_layer_name is not None:
