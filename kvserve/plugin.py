@@ -7,12 +7,14 @@ from __future__ import annotations
 def register() -> None:
     """Teach vLLM's scheduler about head pages; nothing changes until they are used.
 
-    The engine core learns two calls besides, which the HTTP routes make.
+    The engine core learns two calls besides, which the HTTP routes make, and to end
+    with the process that starts it.
     """
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
+    from kvserve.engine.orphans import let_engines_end
     from kvserve.engine.report import add_utilities
     from kvserve.engine.shared_manager import SharedPagedManager
     from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
@@ -22,3 +24,4 @@ def register() -> None:
     KVCacheSpecRegistry.register(SharedPagedSpec, SharedPagedManager)
     KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
     add_utilities()
+    let_engines_end()

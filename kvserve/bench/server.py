@@ -19,6 +19,7 @@ from kvserve.errors import UserError
 
 _START_SECONDS = 900
 _STOP_SECONDS = 60
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -36,21 +37,52 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "kvserve.cli", "serve", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-uvicorn-access-log"]
-    # Whoever ends us by SIGTERM ends our server as well: an exit runs `finally`.
-    before = signal.signal(signal.SIGTERM, _exit)
+    # Whoever ends us by a signal ends our server as well: an exit runs `finally`.
+    before = {number: signal.signal(number, _exit) for number in _ENDINGS}
+    try:
+        process = start(command, log)
+        try:
+            base_url = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(base_url, process, log)
+            yield base_url
+        finally:
+            stop(process)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a server in a group of its own, which no Ctrl-C reaches but :func:`stop`.
+
+    Args:
+        log: file that its output is appended to.
+    """
     # A client may run quietly; a log file may say what it has to say.
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("a") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask a server to end, and kill what is left of its group, come what may."""
     try:
-        base_url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(base_url, process, log)
-        yield base_url
+        if process.poll() is None:
+            process.terminate()
+            process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
-        _stop(process)
-        signal.signal(signal.SIGTERM, before)
+        # Also where it ended by itself, or a second Ctrl-C cut the waiting short.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
@@ -89,14 +121,3 @@ def _last_words(log: Path) -> str:
             if marker in line:
                 return line.partition(marker)[2] or line
     return lines[-1] if lines else "it printed nothing"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

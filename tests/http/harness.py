@@ -91,7 +91,7 @@ class Server:
             raise
 
     def _kill(self) -> None:
-        """Kill all its processes: an engine outlives an API process that is killed."""
+        """Kill all its processes."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

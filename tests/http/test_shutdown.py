@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.http.harness import Server, completion
@@ -81,6 +82,19 @@ def check_replies(replies: list[Future[list[str]]]) -> None:
         *chunks, end = reply.result(timeout=120)
         assert end == "[DONE]"
         assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("api_servers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_nothing_outlives_a_server_that_is_killed(
+    tmp_path: Path, api_servers: int
+) -> None:
+    server = Server(tmp_path, "--api-server-count", str(api_servers))
+    started = server.processes()
+    assert server.engine_core() in started
+    server.process.kill()
+    server.process.wait()
+    _, left = psutil.wait_procs(started, timeout=15)
+    assert left == []
 
 
 def test_a_killed_engine_is_an_unhealthy_server_that_exits_with_an_error(

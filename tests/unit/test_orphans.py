@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that watches over its parent ends after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+_PARENT = """
+import multiprocessing, signal, sys, time
+from kvserve.engine import orphans
+
+def engine(deaf):
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("runs", flush=True)
+    time.sleep(600)
+
+orphans._GRACE_SECONDS = 1.0
+orphans._stock = engine
+if __name__ == "__main__":
+    process = multiprocessing.get_context({method!r}).Process(
+        target=orphans.run_engine_core, args=({deaf},)
+    )
+    process.start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_engine_ends_with_a_parent_that_is_killed(
+    method: str, deaf: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    script = tmp_path_factory.mktemp("parent") / "parent.py"
+    script.write_text(_PARENT.format(method=method, deaf=deaf))
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        try:
+            assert parent.stdout.readline() == b"runs\n"
+            children = psutil.Process(parent.pid).children(recursive=True)
+            assert children
+        finally:
+            parent.kill()
+        _, left = psutil.wait_procs(children, timeout=10)
+        assert left == []
