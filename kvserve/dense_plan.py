@@ -29,6 +29,7 @@ import numpy as np
 from kvserve.lanes import BoolArray, IntArray
 from kvserve.plan import UNBOUNDED, PagePlan
 from policies.base import DensePolicy, Lane, ModelShape
+from policies.files import follows_files
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ def _full(model: ModelShape, page_size: int) -> PagePlan:
     return PagePlan(page_size, nothing, nothing)
 
 
+@follows_files
 @lru_cache(maxsize=128)
 def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
     lanes = rule.policy.lanes(rule.model, prompt_tokens)

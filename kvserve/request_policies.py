@@ -20,6 +20,7 @@ from kvserve.errors import UserError
 from kvserve.stream_rule import StreamRule
 from policies.base import StreamingPolicy
 from policies.budgets import PolicySpec, split_policy
+from policies.files import follows_files
 from policies.registry import available_policies, create_policy, parse_arguments
 
 _LONGEST_TEXT = 200
@@ -97,6 +98,7 @@ def _parse(text: str) -> PolicySpec:
     return PolicySpec.parse(text)
 
 
+@follows_files
 @lru_cache(maxsize=256)
 def _under(rule: StreamRule, spec: PolicySpec, length: int | None) -> StreamRule:
     """Make the rule of a policy; ``length`` is of a request that names a budget."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 from kvserve.errors import UserError
 from kvserve.plan import PagePlan
 from policies.base import ModelShape, StreamingPolicy
+from policies.files import follows_files
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class StreamRule:
         return self.longest.describe()
 
 
+@follows_files
 @lru_cache(maxsize=64)
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens

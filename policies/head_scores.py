@@ -10,6 +10,7 @@ from typing import Any
 
 from kvserve.errors import UserError
 from policies.base import ModelShape
+from policies.files import read_text
 
 PROFILE_FORMAT = "kvserve-retrieval/1"
 _SHIPPED = Path(__file__).parent / "profiles"
@@ -45,7 +46,7 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
             f"`--policy-arg profile=FILE`, or choose `--policy full`"
         )
     try:
-        text = path.read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--policy-arg profile={path}: cannot be read ({error})"

@@ -24,6 +24,7 @@ from policies.base import (
     StreamingPolicy,
     parameter,
 )
+from policies.files import read_text
 
 PLAN_FORMAT = "kvserve-moa/1"
 _SHIPPED = Path(__file__).parent / "profiles"
@@ -170,7 +171,7 @@ def _head_budget(tokens: int, length: int) -> HeadBudget:
 
 def _read(path: Path) -> Plans:
     try:
-        text = path.read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--policy-arg plan={path}: cannot be read ({error})") from None
     try:

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from kvserve.errors import UserError
 from policies.base import Policy
+from policies.files import read_text
 
 ENTRY_POINT_GROUP = "kvserve.policies"
 
@@ -91,7 +92,7 @@ def changed_arguments(policy: Policy) -> str:
 
 def _read_toml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--policy {path}: cannot be read ({error})") from None
     name = values.pop("policy", None)

@@ -24,6 +24,7 @@ from kvserve.evaluation.backend import FORCED_TOKENS
 from kvserve.models import resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
+from policies.files import forget
 
 
 class LLM(vllm.LLM):
@@ -56,6 +57,7 @@ class LLM(vllm.LLM):
         allow_request_policies: bool = False,
         **vllm_kwargs: Any,
     ) -> None:
+        forget()
         prepare_environment(vllm_kwargs)
         options: dict[str, Any] = {"model": resolve_model(model), **vllm_kwargs}
         options["dtype"] = settle_dtype(options.get("dtype"))

@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import get_dtype_size
 
-from kvserve.engine.settings import PolicySettings
+from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.support import (
     Rule,
     check_batch,
@@ -30,13 +30,15 @@ from kvserve.engine.support import (
 from kvserve.errors import UserError
 from kvserve.stream_rule import StreamRule
 from kvserve.units import format_bytes
+from policies.files import digests
 
 
 def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfig:
     """Check that an engine with these options can serve its policy.
 
     Args:
-        options: engine options that name a policy (``options.engine_options``).
+        options: engine options that name a policy (``options.engine_options``); they
+            learn of the files that were read.
         announce: print what the policy keeps of this model.
 
     Returns:
@@ -68,6 +70,8 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
         _announce(config, rule)
     check_batch(config, rule)
     check_pool(config, rule)
+    # For the processes that the engine is yet to start in.
+    options["additional_config"][CONFIG_KEY][FILES] = digests()
     return config
 
 

@@ -10,8 +10,11 @@ from vllm.config import VllmConfig
 
 from policies.base import Policy
 from policies.budgets import PolicySpec
+from policies.files import expect
 
 CONFIG_KEY = "kvserve"
+FILES = "files"
+"""Below it: digests of what the policy reads, by path, as the first process read it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class PolicySettings:
     def from_config(cls, vllm_config: VllmConfig) -> PolicySettings:
         additional = vllm_config.additional_config
         values = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
-        return cls(**(values or {"policy": "full"}))
+        values = dict(values or {"policy": "full"})
+        expect(values.pop(FILES, {}))
+        return cls(**values)
 
     def to_additional_config(self) -> dict[str, Any]:
         values: dict[str, Any]

@@ -22,6 +22,7 @@ from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
 from kvserve.stream_rule import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 from policies.budgets import PolicySpec
+from policies.files import follows_files
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 _DENSE_EVERY = "dense_attention_every_n_layers"
@@ -108,6 +109,7 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
     return rule
 
 
+@follows_files
 @lru_cache(maxsize=4)
 def _policy_of(spec: PolicySpec, model: ModelShape) -> Policy:
     """Several parts of a process ask, and a budget may take a search to translate."""
@@ -251,7 +253,9 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
         raise _unsupported(name, "no attention")
     for layer in layers.values():
         if layer.attn_type != AttentionType.DECODER:
-            raise _unsupported(name, f"{AttentionType(layer.attn_type).value} attention")
+            raise _unsupported(
+                name, f"{AttentionType(layer.attn_type).value} attention"
+            )
         if layer.sliding_window is not None:
             raise _unsupported(name, "built-in sliding-window")
         if layer.kv_sharing_target_layer_name is not None:

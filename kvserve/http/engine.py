@@ -26,6 +26,7 @@ from kvserve.engine.support import (
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
 from kvserve.stream_rule import StreamRule
 from policies.base import Policy
+from policies.files import read_bytes
 from policies.registry import changed_arguments
 
 
@@ -139,7 +140,7 @@ def profiles_of(policy: Policy, model_name: str) -> list[Profile]:
 
 
 def _profile(parameter: str, path: Path) -> Profile:
-    content = path.read_bytes()
+    content = read_bytes(path)
     return Profile(
         parameter=parameter,
         path=str(path),
