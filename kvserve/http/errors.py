@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import traceback
 from http import HTTPStatus
 
+from fastapi.dependencies.utils import request_body_to_args
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -42,3 +44,25 @@ async def http_exception_response(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     return error_response(HTTPStatus(error.status_code), error.detail, headers=headers)
+
+
+IN_A_BODY = (LookupError, AttributeError, RecursionError)
+"""What validators of vLLM raise for bodies of a shape that they did not expect."""
+
+
+async def body_exception_response(_: Request, error: Exception) -> JSONResponse:
+    """Answer 400 if ``error`` came while a body was read; it is the server's else.
+
+    vLLM's validators run before the body has its shape, and trust it to have one.
+    """
+    reader = request_body_to_args.__code__
+    frames = traceback.walk_tb(error.__traceback__)
+    if not any(frame.f_code is reader for frame, _ in frames):
+        raise error
+    lacks = isinstance(error, KeyError) and error.args
+    what = f"something lacks {error.args[0]!r}" if lacks else str(error)
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"The body is not of the shape that this route expects: {what}.",
+        param=str(error.args[0]) if lacks else None,
+    )

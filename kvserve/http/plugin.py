@@ -12,10 +12,15 @@ from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
 from kvserve.engine.named_policies import PolicyGuard
+from kvserve.http.constraints import ConstraintGuard, guard_constraints
 from kvserve.http.dashboard_page import router as dashboard
 from kvserve.http.draining import drain_before_shutdown
 from kvserve.http.engine import ServedPolicy
-from kvserve.http.errors import http_exception_response
+from kvserve.http.errors import (
+    IN_A_BODY,
+    body_exception_response,
+    http_exception_response,
+)
 from kvserve.http.gateway import Gateway
 from kvserve.http.request_policies import guard_requests
 from kvserve.http.routes import router
@@ -38,6 +43,8 @@ class KVEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         app.state.kvserve = Gateway.from_args(app.state.args)
         app.add_exception_handler(HTTPException, http_exception_response)
+        for kind in IN_A_BODY:
+            app.add_exception_handler(kind, body_exception_response)
         app.include_router(router)
         app.include_router(dashboard)
 
@@ -60,6 +67,7 @@ class KVEndpoints:
         rule = gateway.policy.rule if gateway.policy else None
         longest = config.model_config.max_model_len
         guard_requests(client, state, PolicyGuard(rule, longest, report.smallest_pool))
+        guard_constraints(client, state, ConstraintGuard(config))
         if config.parallel_config._api_process_rank <= 0:
             sampler.metrics = _metrics_of(gateway, config)
             state.kvserve_metrics = asyncio.create_task(sampler.keep_metrics())

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.testclient import TestClient
+from pydantic import BaseModel, model_validator
 from starlette.websockets import WebSocketDisconnect
 
 from kvserve.errors import UserError
@@ -304,3 +305,41 @@ class TestPage:
 def test_a_flag_that_makes_no_sense_is_named(flag: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{flag} {value}"):
         make_app(flag, value)
+
+
+class _Trusting(BaseModel):
+    """Reads a body before it has a shape, as vLLM's requests do."""
+
+    tool: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def read(cls, data: Any) -> Any:
+        if data["tool"]["function"] == "deep":
+            raise RecursionError("too deep")
+        return data
+
+
+class TestBodiesOfAnotherShape:
+    def client(self) -> TestClient:
+        app = make_app()
+
+        @app.post("/tools")
+        async def tools(body: _Trusting) -> str:
+            return str(body.tool["name"])
+
+        return TestClient(app, raise_server_exceptions=False)
+
+    def test_what_a_body_lacks_is_the_clients_fault(self) -> None:
+        reply = self.client().post("/tools", json={"tool": {}})
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert (error["type"], error["param"]) == ("BadRequestError", "function")
+        assert "something lacks 'function'" in error["message"]
+        reply = self.client().post("/tools", json={"tool": {"function": "deep"}})
+        assert reply.status_code == 400
+        assert "too deep" in reply.json()["error"]["message"]
+
+    def test_what_a_route_lacks_is_not(self) -> None:
+        reply = self.client().post("/tools", json={"tool": {"function": "f"}})
+        assert reply.status_code == 500
