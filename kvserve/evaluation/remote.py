@@ -51,7 +51,7 @@ class Server:
             UserError: no server answers there, or something that is not one.
         """
         url = url.rstrip("/").removesuffix("/v1")
-        (model, *_) = _call(url, "GET", "/v1/models")["data"]
+        (model, *_) = call(url, "GET", "/v1/models")["data"]
         return cls(url, model["id"], int(model.get("max_model_len") or 0))
 
     def check(self, model: EvaluatedModel, longest: int) -> None:
@@ -68,7 +68,7 @@ class Server:
                 f"`--max-model-len {longest}`"
             )
         body = {"model": self.model, "prompt": _SENTENCE, "add_special_tokens": False}
-        theirs = _call(self.url, "POST", "/tokenize", body)["tokens"]
+        theirs = call(self.url, "POST", "/tokenize", body)["tokens"]
         if theirs != model.tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]:
             raise UserError(
                 f"--url {self.url}: serves {self.model}, whose tokens are not those of "
@@ -98,8 +98,8 @@ class ServerBackend:
         """Run all requests."""
 
         def one(request: Request) -> Reply:
-            body = _body(self._server.model, request)
-            answer = _call(self._server.url, "POST", "/v1/completions", body)
+            body = body_of(self._server.model, request)
+            answer = call(self._server.url, "POST", "/v1/completions", body)
             (choice,) = answer["choices"]
             return self._reply(request, choice, self._pages(answer["id"]))
 
@@ -158,7 +158,7 @@ class ServerBackend:
         """Leave the server as it is."""
 
 
-def _body(model: str, request: Request) -> dict[str, Any]:
+def body_of(model: str, request: Request) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "prompt": request.prompt,
@@ -193,7 +193,7 @@ def _ask(url: str, path: str) -> dict[str, Any] | None:
     return None if reply.status_code == 404 else _read(url, path, reply)
 
 
-def _call(
+def call(
     url: str, method: str, path: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     return _read(url, path, _send(url, method, path, body))
