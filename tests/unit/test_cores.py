@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvserve import cores
 from kvserve.cores import Cores, cpu_quota, quota_of
-
-_PERIOD = 100_000
-_ROOT = Path("/sys/fs/cgroup")
+from tests.control_groups import inside, quota_group
 
 
 @pytest.mark.parametrize(
@@ -148,30 +144,6 @@ def test_it_says_what_runs_on_what(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@contextlib.contextmanager
-def quota_group(quota: float) -> Iterator[Path]:
-    """A control group of the system that grants ``quota`` cores."""
-    version_1 = _ROOT / "cpu"
-    parent = version_1 if version_1.is_dir() else _ROOT
-    group = parent / f"kvserve-test-{os.getpid()}"
-    try:
-        if parent is _ROOT:
-            (parent / "cgroup.subtree_control").write_text("+cpu")
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"control groups cannot be made here: {error}")
-    time = int(quota * _PERIOD)
-    try:
-        if (group / "cpu.max").exists():
-            (group / "cpu.max").write_text(f"{time} {_PERIOD}")
-        else:
-            (group / "cpu.cfs_period_us").write_text(str(_PERIOD))
-            (group / "cpu.cfs_quota_us").write_text(str(time))
-        yield group
-    finally:
-        group.rmdir()
-
-
 _PROBE = """
 import os, kvserve.cores
 quota = kvserve.cores.cpu_quota()
@@ -191,10 +163,8 @@ def test_a_process_in_a_real_group_keeps_to_its_quota(
     environment = os.environ | {"WORKERS": str(workers)}
     environment.pop("OMP_NUM_THREADS", None)
     with quota_group(quota) as group:
-        shell = 'echo $$ > "$0" && exec "$@"'
-        command = [sys.executable, "-c", _PROBE]
         found = subprocess.run(
-            ["sh", "-c", shell, str(group / "cgroup.procs"), *command],
+            inside(group, [sys.executable, "-c", _PROBE]),
             env=environment,
             capture_output=True,
             text=True,
