@@ -2,6 +2,7 @@
 """A short question and a long reply: how sane is the text that a policy leaves?
 
     python -m benchmarks.long_replies
+    python -m benchmarks.long_replies --policy full --policy h2o:reply=256
 
 Ten replies of 600 tokens to questions of about 25, at temperature 0.7. Text that a
 policy has broken repeats itself: *distinct* is the share of a reply's 4-grams of
@@ -15,10 +16,12 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 _REPLY = 600
-_ENTRIES = (64, 128, 256)
+_ENTRIES = (256, 64, 128)
 _QUESTIONS = (
     "Tell me the story of a lighthouse keeper who finds a letter in a bottle.",
     "Explain how bread is made, from the field to the table, in detail.",
@@ -67,19 +70,30 @@ def measure(policy: str) -> list[float]:
     return [distinct(reply.outputs[0].token_ids) for reply in replies]
 
 
+def _measure_apart(policy: str) -> list[float]:
+    """Measure in a process of its own, whose output vLLM shares: ours is a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shares.json"
+        command = [sys.executable, "-m", "benchmarks.long_replies"]
+        command += ["--policy", policy, "--json", str(path)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        shares: list[float] = json.loads(path.read_text())
+        return shares
+
+
 def main() -> int:
     """Measure every policy in a process of its own and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_replies")
-    parser.add_argument("--policy", help="measure this one alone, and print JSON")
+    parser.add_argument("--policy", action="append", help="default: all of them")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.policy:
-        print(json.dumps(measure(args.policy)))
+    if args.json:
+        (policy,) = args.policy
+        args.json.write_text(json.dumps(measure(policy)))
         return 0
     print("| policy | distinct 4-grams | worst reply |\n|---|---|---|")
-    for policy in policies():
-        command = [sys.executable, "-m", "benchmarks.long_replies", "--policy", policy]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        shares = json.loads(run.stdout.splitlines()[-1])
+    for policy in args.policy or policies():
+        shares = _measure_apart(policy)
         mean = sum(shares) / len(shares)
         print(f"| `{policy}` | {mean:.2f} | {min(shares):.2f} |", flush=True)
     return 0
