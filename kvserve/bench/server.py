@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from kvserve.errors import UserError
 
 _START_SECONDS = 900
 _STOP_SECONDS = 60
+_LIBC = ctypes.CDLL(None)  # looked up here: a new process should do little
+_PR_SET_PDEATHSIG = 1
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -67,7 +70,14 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
+
+
+def end_with_parent() -> None:
+    """Have the system end this process by SIGTERM after one that is killed hard."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kvserve.bench.server import end_with_parent
+
 _START_SECONDS = 600
 
 
@@ -39,7 +41,11 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=end_with_parent,
         )
         try:
             yield process

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
+from kvserve.bench.server import end_with_parent
 from tests.engine.servers import free_port, wait_until_healthy
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -50,7 +51,11 @@ class Server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
         with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=end_with_parent,
             )
         try:
             wait_until_healthy(self.base, self.process, self._log, _START_SECONDS)

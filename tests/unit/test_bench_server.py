@@ -112,3 +112,24 @@ def test_a_signal_to_the_benchmark_ends_its_server(
     ):
         pass
     assert_gone(*found[0])
+
+
+_BENCHMARK = """
+import sys, time
+from pathlib import Path
+from kvserve.bench import server
+sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+process = server.start(sleeps, Path({log!r}))
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_a_benchmark_that_is_killed(log: Path) -> None:
+    command = [sys.executable, "-c", _BENCHMARK.format(log=str(log))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as benchmark:
+        assert benchmark.stdout is not None
+        started = psutil.Process(int(benchmark.stdout.readline()))
+        benchmark.kill()
+    _, left = psutil.wait_procs([started], timeout=10)
+    assert left == []
