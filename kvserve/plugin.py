@@ -8,10 +8,12 @@ def register() -> None:
     """Teach vLLM's scheduler about head pages; nothing changes until they are used.
 
     The engine core learns two calls besides, which the HTTP routes make, and to end
-    with the process that starts it.
+    with the process that starts it; on a CPU there are more kernels to choose from.
     """
+    from vllm.platforms import current_platform
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+    from kvserve.engine import cpu_operators
     from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
     from kvserve.engine.orphans import let_engines_end
@@ -25,3 +27,5 @@ def register() -> None:
     KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
     add_utilities()
     let_engines_end()
+    if current_platform.is_cpu():
+        cpu_operators.register()

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from vllm.config import VllmConfig
 
 from kvserve.engine.options import engine_options
-from kvserve.engine.preflight import check_start, page_bytes_of
+from kvserve.engine.preflight import (
+    check_start,
+    page_bytes_of,
+    policy_in_words,
+    pool_pages,
+)
 from kvserve.engine.serve import (
     add_policy_arguments,
     add_request_policies,
@@ -111,7 +117,10 @@ def _check(
             "enable_prefix_caching": False,
         },
     )
-    return check_start(options, announce=True)
+    config = check_start(options)
+    for line in policy_in_words(config):
+        print(f"kvserve: policy {line}", file=sys.stderr)
+    return config
 
 
 def _comparison(configs: list[VllmConfig], memory: int) -> str:
@@ -127,10 +136,7 @@ def _comparison(configs: list[VllmConfig], memory: int) -> str:
         "  ".join([f"{'tokens':>8}", f"{'full cache':>18}", *heads]),
     ]
     rules = [rule_of(config) for config in configs]
-    pools = [
-        memory // page_bytes_of(config) - scratch_of(config, rule) - 1
-        for config, rule in zip(configs, rules, strict=True)
-    ]
+    pools = [pool_pages(config, memory) for config in configs]
     for length in _lengths(configs[0].model_config.max_model_len):
         full = rules[0].full.pages(length)
         fit = (memory // page - 1) // full
@@ -151,7 +157,8 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     ours = rule_of(config)
     full, scratch = ours.full, scratch_of(config, ours)
     page = page_bytes_of(config)
-    pool, full_pool = memory // page - scratch - 1, memory // page - 1
+    pool = pool_pages(config, memory)
+    full_pool = pool + scratch
     ranks = config.parallel_config.tensor_parallel_size
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     lines = [

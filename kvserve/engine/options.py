@@ -27,7 +27,7 @@ from vllm.plugins import (
 )
 
 from kvserve.cores import Cores, share_threads
-from kvserve.engine import hardware
+from kvserve.engine import cpu_operators, hardware
 from kvserve.engine.device import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
@@ -62,6 +62,7 @@ _PARALLEL = (
     "prefill_context_parallel_size",
 )
 _IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_COMPILING = {"optimization_level", "compilation_config"}
 _PER_REPLICA = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
@@ -111,17 +112,22 @@ def _worker() -> str:
 
 
 def _on_cpu(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a worker that is alone run in the engine's process.
+    """Options with which an engine on a CPU starts in seconds instead of minutes.
 
-    One import of vLLM less at the start, and no messages between the two. vLLM keeps
-    them apart on CPUs, for it once could not bind a process's threads by itself.
+    A worker that is alone runs in the engine's process: one import of vLLM less, and
+    no messages between the two. vLLM keeps them apart on CPUs, for it once could not
+    bind a process's threads by itself. And nothing is compiled unless somebody asks.
     """
+    chosen: dict[str, Any] = {}
     ranks = math.prod(options.get(name) or 1 for name in _PER_REPLICA)
     # Alone in its process it would have no list of cores that the user names.
     bound = _named_cores() not in (None, *_UNNAMED)
-    if ranks > 1 or bound or options.get("distributed_executor_backend"):
-        return {}
-    return {"distributed_executor_backend": _IN_ENGINE}
+    if not (ranks > 1 or bound or options.get("distributed_executor_backend")):
+        chosen["distributed_executor_backend"] = _IN_ENGINE
+    eager = options.get("enforce_eager", not _COMPILING & options.keys())
+    if eager and not options.get("kernel_config"):
+        chosen["kernel_config"] = cpu_operators.CHOICE
+    return {**chosen, "enforce_eager": eager}
 
 
 def _on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -33,13 +32,12 @@ from kvserve.units import format_bytes
 from policies.files import digests
 
 
-def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfig:
+def check_start(options: Mapping[str, Any]) -> VllmConfig:
     """Check that an engine with these options can serve its policy.
 
     Args:
         options: engine options that name a policy (``options.engine_options``); they
             learn of the files that were read.
-        announce: print what the policy keeps of this model.
 
     Returns:
         The configuration that vLLM makes of the options.
@@ -66,8 +64,6 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     check_model(config)
     page_format_of(config)
     rule = rule_of(config)
-    if announce:
-        _announce(config, rule)
     check_batch(config, rule)
     check_pool(config, rule)
     # For the processes that the engine is yet to start in.
@@ -75,15 +71,15 @@ def check_start(options: Mapping[str, Any], announce: bool = False) -> VllmConfi
     return config
 
 
-def _announce(config: VllmConfig, rule: Rule) -> None:
-    settings = PolicySettings.from_config(config)
-    lines = [rule.describe()]
+def policy_in_words(config: VllmConfig) -> list[str]:
+    """Say what the policy keeps of this model, a line for each thing to say."""
+    settings, rule = PolicySettings.from_config(config), rule_of(config)
+    lines = [f"{settings.policy}: {rule.describe()}"]
     if isinstance(rule, StreamRule):
         lines += filter(None, [rule.policy.remark(rule.model), _on_ranks(rule)])
         if rule.mixed:
             lines.append("a request may name a policy of its own (kv_policy)")
-    for line in lines:
-        print(f"kvserve: policy {settings.policy}: {line}", file=sys.stderr)
+    return lines
 
 
 def _on_ranks(rule: StreamRule) -> str:
@@ -107,23 +103,27 @@ def page_bytes_of(config: VllmConfig) -> int:
     return tokens * 2 * head_size * get_dtype_size(cast(torch.dtype, model.dtype))
 
 
-def what_fits(config: VllmConfig) -> list[str]:
-    """Say how many requests of some lengths the pool holds at once, and a full cache.
+def pool_pages(config: VllmConfig, size: int) -> int:
+    """Pages that requests can have of a pool of ``size`` bytes."""
+    # One page less: vLLM's block 0 is never given out.
+    return size // page_bytes_of(config) - scratch_of(config, rule_of(config)) - 1
 
-    Nothing if vLLM is to size the pool: only the engine knows how large it will be.
+
+def what_fits(config: VllmConfig, pool: int) -> str:
+    """Say how many requests of some lengths a pool holds at once, and a full cache.
+
+    Args:
+        pool: pages that requests can have.
     """
-    size = _pool_bytes(config)
-    if size is None:
-        return []
-    rule, page = rule_of(config), page_bytes_of(config)
-    pool = size // page - scratch_of(config, rule) - 1
-    longest = config.model_config.max_model_len
+    rule, longest = rule_of(config), config.model_config.max_model_len
+    full_pool = pool + scratch_of(config, rule)
     found = [
         f"{fits(rule, length, pool)} requests of {length} tokens"
-        f" (full cache: {(size // page - 1) // rule.full.pages(length)})"
+        f" (full cache: {full_pool // rule.full.pages(length)})"
         for length in (longest // 4, longest)
     ]
-    return [f"KV cache   {format_bytes(size)} hold {', or '.join(found)}"]
+    size = format_bytes((full_pool + 1) * page_bytes_of(config))
+    return f"{size} hold {', or '.join(found)}"
 
 
 def _pool_bytes(config: VllmConfig) -> int | None:

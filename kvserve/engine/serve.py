@@ -17,13 +17,14 @@ from vllm.entrypoints.launchers.cli_args import (
 )
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from kvserve.engine.fork import let_engine_fork
 from kvserve.engine.options import (
     engine_options,
     explicit_options,
     prepare_environment,
     stock_has_no_policies,
 )
-from kvserve.engine.preflight import check_start, what_fits
+from kvserve.engine.preflight import check_start, policy_in_words
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.http.draining import engine_died
@@ -31,7 +32,7 @@ from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
-from kvserve.start_up import VERBOSE, Address, Progress, ready_block
+from kvserve.start_up import VERBOSE, Address, Progress
 from policies.head_scores import has_shipped_profile
 from policies.registry import parse_arguments
 
@@ -156,6 +157,8 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     add_request_policies(parser)
     add_http_arguments(parser)
     _add_verbose(parser)
+    # Its default would not tell who asked for it from who did not.
+    parser.set_defaults(optimization_level=None)
     args = parser.parse_args(argv)
     HttpSettings.from_args(args)  # refuses flags before anything is loaded
     args.middleware = [*args.middleware, *MIDDLEWARE]
@@ -170,16 +173,17 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if args.allow_request_policies:
         _check_request_policies(args, settings)
-    about = ["policy     none: stock vLLM, which keeps every token for every head"]
+    words = ["none: stock vLLM, which keeps every token for every head"]
     if settings is not None:
         settings = dataclasses.replace(
             settings, allow_request_policies=args.allow_request_policies
         )
-        options = engine_options(settings, explicit_options(vars(args)))
-        config = check_start(options, announce=True)
-        about = [f"policy     {settings.policy}", *what_fits(config)]
+        options = engine_options(settings, _given_options(args))
+        words = policy_in_words(check_start(options))
         for name, value in options.items():
             setattr(args, name, value)
+    if args.optimization_level is None:
+        args.optimization_level = EngineArgs.optimization_level
     validate_parsed_serve_args(args)
     if quiet:
         args.use_tqdm_on_load = False
@@ -187,10 +191,20 @@ def serve(argv: list[str], quiet: bool = False) -> int:
             args.uvicorn_log_level = "warning"
     if not (args.uds or args.headless):
         name = (args.served_model_name or [args.model])[0]
-        Progress(address, ready_block(address, name, about)).start()
+        Progress(address, name, words).start()
+    let_engine_fork()
     ServeSubcommand.cmd(args)
     # vLLM's server ends in good order even when its engine was killed.
     return int(engine_died.is_set())
+
+
+def _given_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = explicit_options(vars(args))
+    if given.get("optimization_level", 0) is None:
+        del given["optimization_level"]
+    elif args.optimization_level is not None:
+        given["optimization_level"] = args.optimization_level
+    return given
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:

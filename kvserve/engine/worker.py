@@ -11,7 +11,11 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, cast
 
-from vllm.config import AttentionConfig, get_layers_from_vllm_config
+from vllm.config import (
+    AttentionConfig,
+    CompilationMode,
+    get_layers_from_vllm_config,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import register_backend
@@ -25,6 +29,7 @@ from kvserve.dense_plan import DenseRule
 from kvserve.engine import hardware
 from kvserve.engine.backend import HeadPagedMetadataBuilder
 from kvserve.engine.compiled_code import let_compiled_code_load
+from kvserve.engine.cpu_operators import fused_gates
 from kvserve.engine.dense_attention import DensePagedAttention
 from kvserve.engine.dense_backend import DenseMetadataBuilder
 from kvserve.engine.dense_tables import DenseTables
@@ -41,6 +46,7 @@ from kvserve.engine.support import (
 from kvserve.engine.usage import WorkerUsage
 from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
+from kvserve.start_up import Phase, enter
 
 _STREAMING = "kvserve.engine.backend.HeadPagedBackend"
 _DENSE = "kvserve.engine.dense_backend.DensePagedBackend"
@@ -87,6 +93,7 @@ class HeadPagedWorker(Worker):
     _rule: Rule
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        enter(Phase.LOADING)
         check_platform()
         if self.use_v2_model_runner:
             raise UserError(
@@ -140,7 +147,12 @@ class HeadPagedWorker(Worker):
         kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec
         return {first: kind(**page, plan=rule.largest)}
 
+    def determine_available_memory(self) -> int:
+        enter(Phase.WARMING)
+        return super().determine_available_memory()
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        enter(Phase.OPENING)
         super().initialize_from_config(kv_cache_config)
         (group,) = self.model_runner.attn_groups[0]
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
@@ -185,5 +197,9 @@ class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
     """The same on a CPU."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        let_compiled_code_load()
-        super().load_model(*args, **kwargs)
+        if self.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            with fused_gates():
+                super().load_model(*args, **kwargs)
+        else:
+            let_compiled_code_load()
+            super().load_model(*args, **kwargs)

@@ -26,6 +26,7 @@ from kvserve.http.request_policies import guard_requests
 from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
 from kvserve.metrics import KVMetrics
+from kvserve.start_up import tell_capacity
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -63,6 +64,7 @@ class KVEndpoints:
         report = (await sampler.sample()).report
         if report.cache is not None:
             gateway.policy = ServedPolicy(config)
+            tell_capacity(gateway.policy.what_fits(report.smallest_pool))
         gateway.sampler = sampler
         rule = gateway.policy.rule if gateway.policy else None
         longest = config.model_config.max_model_len

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvserve import start_up
 from kvserve.errors import UserError
-from kvserve.start_up import Address, Progress, be_quiet, ready_block
+from kvserve.start_up import Address, Phase, Progress, be_quiet, enter, tell_capacity
 
 
 class _Health(http.server.BaseHTTPRequestHandler):
@@ -88,16 +89,30 @@ def test_the_block_comes_once_the_server_is_healthy(
     address: Address, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_Health, "status", 503)
-    block = ready_block(address, "tiny", ["policy     full"])
-    Progress(address, block).start()
+    monkeypatch.setattr(start_up, "_capacity", [])
+    Progress(address, "tiny", ["full: keeps everything"]).start()
     time.sleep(0.6)
     assert "ready" not in capfd.readouterr().err
+    tell_capacity("1 GiB hold 28 requests")
     monkeypatch.setattr(_Health, "status", 200)
     shown, end = "", time.monotonic() + 20
     while "Ctrl-C" not in shown and time.monotonic() < end:
         time.sleep(0.05)
         shown += capfd.readouterr().err
     assert f"kvserve is ready on {address.url}" in shown
-    assert "policy     full" in shown
+    assert "policy     full: keeps everything" in shown
+    assert "KV cache   1 GiB hold 28 requests" in shown
     assert '"model": "tiny"' in shown
     assert f"{address.url}/dashboard" in shown
+
+
+def test_a_forked_engine_says_what_it_does() -> None:
+    child = os.fork()
+    if child == 0:
+        enter(Phase.WARMING)
+        os._exit(0)
+    os.waitpid(child, 0)
+    try:
+        assert Phase(start_up._phase[0]) is Phase.WARMING
+    finally:
+        enter(Phase.STARTING)
