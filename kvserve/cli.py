@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nkvserve: stopped", file=sys.stderr)
-        return _INTERRUPTED
+        _end(_INTERRUPTED)
 
 
 def _serve(argv: list[str]) -> int:
@@ -75,7 +75,7 @@ def _serve(argv: list[str]) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process, without the bindings that list at its end what they leak."""
+    """End the process before bindings of its libraries list what they leak."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -37,4 +37,11 @@ fi
 uv install --no-deps -r "$LOCK" -e .
 # An earlier build's list of policies would hide the one just installed.
 rm -rf kvserve.egg-info
+# What a first start would do, done at once: bytecode and kernels beside the model.
+unset PYTHONDONTWRITEBYTECODE
+"$VENV/bin/python" -c '
+import vllm.entrypoints.launchers.cli_args, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
+from kvserve.kernels.native import library
+library()' >/dev/null 2>&1 &
 "$VENV/bin/python" -c 'from kvserve.models import embedded_model; embedded_model()'
+wait

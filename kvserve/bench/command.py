@@ -31,6 +31,8 @@ from kvserve.errors import UserError
 from kvserve.units import parse_bytes
 from policies.budgets import PolicySpec, split_policies
 
+STOCK = "none"
+_COMPILING = ("-O", "--optimization-level", "--enforce-eager", "--compilation-config")
 _EXAMPLES = """examples:
   kvserve bench                                  the embedded model, its default policy
   kvserve bench --url http://127.0.0.1:8000      a server that runs already
@@ -210,6 +212,7 @@ def _results(args: argparse.Namespace, further: list[str], load: Load) -> list[R
     policies = named_policies(args) or [""]
     log = Path(tempfile.mkstemp(prefix="kvserve-bench-", suffix=".log")[1])
     print(f"kvserve: the servers' log is {log}", file=sys.stderr)
+    further = [*compiled_alike(policies, further), *further]
     results = []
     for policy in tqdm(policies, desc="policies", disable=len(policies) == 1):
         flags = [*flags_of(args, policy), *further]
@@ -221,6 +224,16 @@ def _results(args: argparse.Namespace, further: list[str], load: Load) -> list[R
 def named_policies(args: argparse.Namespace) -> list[str]:
     """The policies that were named, in their order."""
     return split_policies(args.compare) if args.compare else args.policy or []
+
+
+def compiled_alike(policies: list[str], further: list[str]) -> list[str]:
+    """Flags that have every server compiled where one of them is stock vLLM, which is.
+
+    Args:
+        further: flags of the user's, who may have said it himself.
+    """
+    told = any(flag.startswith(_COMPILING) for flag in further)
+    return [] if told or STOCK not in policies else ["-O2"]
 
 
 def flags_of(args: argparse.Namespace, policy: str) -> list[str]:

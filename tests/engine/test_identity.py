@@ -7,6 +7,7 @@ Stock vLLM runs with the same settings, so that what differs is the cache alone.
 from __future__ import annotations
 
 import itertools
+import statistics
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -154,6 +155,18 @@ def parted(found: list[Reply], expected: list[Reply]) -> list[tuple[Reply, Reply
     return [(ours, theirs) for ours, theirs in pairs if ours.tokens != theirs.tokens]
 
 
+def rounding(found: list[Reply], exact: list[Reply]) -> float:
+    """How far log probabilities of the first token lie from exact ones, on average."""
+    differences = [
+        abs(reply.best[0][token] - logprob)
+        for reply, truth in zip(found, exact, strict=True)
+        for token, logprob in truth.best[0].items()
+        if token in reply.best[0]
+    ]
+    assert len(differences) > NUM_PROMPTS
+    return statistics.fmean(differences)
+
+
 @pytest.mark.parametrize(("policy", "setting"), COVERING, ids=str)
 def test_tokens_and_logprobs_are_stock_vllms(
     engines: EngineSlot,
@@ -204,11 +217,14 @@ def test_in_bfloat16_answers_part_at_ties_only(
 ) -> None:
     model, setting = models["smollm2"], Setting(8, 512, dtype="bfloat16")
     expected = stock.replies(model, setting)
-    ours = parted(run(engines, model, policy, setting), expected)
+    found = run(engines, model, policy, setting)
+    ours = parted(found, expected)
     assert all(is_tie(*pair) for pair in ours)
-    # Stock vLLM rounds otherwise, and parts from itself, when its batches are others.
-    alone = stock.replies(model, replace(setting, batch=1))
-    assert len(ours) <= len(parted(alone, expected)) < NUM_PROMPTS / 2
+    assert len(ours) < NUM_PROMPTS / 2
+    # Ties fall as rounding has it, and stock vLLM parts from itself in other batches:
+    # that ours does not round more is seen in the first token, before texts part.
+    exact = stock.replies(model, replace(setting, dtype="float32"))
+    assert rounding(found, exact) < 1.25 * rounding(expected, exact)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 from kvserve.bench.command import (
     Load,
     bench,
+    compiled_alike,
     flags_of,
     make_parser,
     measure,
@@ -269,3 +270,18 @@ def test_a_folder_that_is_missing_is_named_before_anything_runs(
     path = tmp_path / "none" / "file.png"
     with pytest.raises(UserError, match=f"{flag} .*no such folder"):
         bench([flag, str(path)])
+
+
+@pytest.mark.parametrize(
+    ("policies", "further", "flags"),
+    [
+        (["none", "full"], [], ["-O2"]),
+        (["full", "retrieval"], [], []),
+        (["none", "full"], ["--enforce-eager"], []),
+        (["none", "full"], ["-O1"], []),
+    ],
+)
+def test_stock_vllm_is_compared_with_engines_that_are_compiled_as_it_is(
+    policies: list[str], further: list[str], flags: list[str]
+) -> None:
+    assert compiled_alike(policies, further) == flags
