@@ -7,8 +7,9 @@ from __future__ import annotations
 def register() -> None:
     """Teach vLLM's scheduler about head pages; nothing changes until they are used.
 
-    The engine core learns two calls besides, which the HTTP routes make, and to end
-    with the process that starts it; on a CPU there are more kernels to choose from.
+    The engine core learns two calls besides, which the HTTP routes make; on a CPU there
+    are more kernels to choose from. Processes that vLLM starts learn to end with the
+    one that starts them.
     """
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -16,7 +17,7 @@ def register() -> None:
     from kvserve.engine import cpu_operators
     from kvserve.engine.dense_manager import DensePagedManager
     from kvserve.engine.manager import HeadPagedManager
-    from kvserve.engine.orphans import let_engines_end
+    from kvserve.engine.orphans import watch_over_parents
     from kvserve.engine.report import add_utilities
     from kvserve.engine.shared_manager import SharedPagedManager
     from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
@@ -26,6 +27,6 @@ def register() -> None:
     KVCacheSpecRegistry.register(SharedPagedSpec, SharedPagedManager)
     KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
     add_utilities()
-    let_engines_end()
+    watch_over_parents()
     if current_platform.is_cpu():
         cpu_operators.register()

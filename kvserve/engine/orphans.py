@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine ends when the process that started it does, however that ends.
+"""vLLM's processes end when the one that started them does, however that ends.
 
-vLLM's engine is told to stop by its server. One that is killed hard, by the system for
-its memory perhaps, tells nobody, and the engine would keep its own for good.
+An engine, or one of several API servers, is told to stop. A process that is killed
+hard, by the system for its memory perhaps, tells nobody, and they would stay for good.
 """
 
 from __future__ import annotations
@@ -14,25 +14,38 @@ import threading
 import time
 from typing import Any
 
+from vllm.v1 import utils
 from vllm.v1.engine.core import EngineCoreProc
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 5.0
 _stock = EngineCoreProc.run_engine_core
+_stock_api_server = utils.run_api_server_worker_proc
 
 
-def let_engines_end() -> None:
-    """Have every engine process that this one starts watch over it."""
+def watch_over_parents() -> None:
+    """Have every process that vLLM starts from this one watch over it."""
     EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+    utils.run_api_server_worker_proc = run_api_server
 
 
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """As vLLM's, the target of an engine process; found by name where it is spawned."""
+    _watch_over_parent()
+    _stock(*args, **kwargs)
+
+
+def run_api_server(*args: Any, **kwargs: Any) -> None:
+    """As vLLM's, the target of one of several API servers."""
+    _watch_over_parent()
+    _stock_api_server(*args, **kwargs)
+
+
+def _watch_over_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         watch = threading.Thread(target=_end_after, args=(parent.pid,), daemon=True)
         watch.start()
-    _stock(*args, **kwargs)
 
 
 def _end_after(parent: int) -> None:

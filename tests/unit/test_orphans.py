@@ -20,10 +20,10 @@ def engine(deaf):
     time.sleep(600)
 
 orphans._GRACE_SECONDS = 1.0
-orphans._stock = engine
+orphans._stock = orphans._stock_api_server = engine
 if __name__ == "__main__":
     process = multiprocessing.get_context({method!r}).Process(
-        target=orphans.run_engine_core, args=({deaf},)
+        target=orphans.{target}, args=({deaf},)
     )
     process.start()
     time.sleep(600)
@@ -31,12 +31,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_engine_ends_with_a_parent_that_is_killed(
-    method: str, deaf: bool, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("fork", "run_engine_core"),
+        ("spawn", "run_engine_core"),
+        ("spawn", "run_api_server"),
+    ],
+)
+def test_a_process_ends_with_a_parent_that_is_killed(
+    method: str, target: str, deaf: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     script = tmp_path_factory.mktemp("parent") / "parent.py"
-    script.write_text(_PARENT.format(method=method, deaf=deaf))
+    script.write_text(_PARENT.format(method=method, target=target, deaf=deaf))
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE
     ) as parent:
