@@ -33,6 +33,7 @@ _SOURCES = [
     _FOLDER / "prefill_attention.cpp",
     _FOLDER / "attention_mass.cpp",
     _FOLDER / "decode_mass.cpp",
+    _FOLDER / "norms.cpp",
     _FOLDER / "write_pages.cpp",
 ]
 _WIDTH_STEP = 32
@@ -274,6 +275,32 @@ def lightest_slots(
     slots = torch.empty_like(cached.rows)
     _call("lightest_slots", *_rows(cached), *token_state, int(by_count), slots)
     return slots
+
+
+def can_normalise(dtype: torch.dtype) -> bool:
+    """Tell whether :func:`rms_norm` takes rows of this type."""
+    return dtype in _MODEL_TYPES and library() is not None
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+) -> Tensor:
+    """Divide rows by their root mean square, rounding where PyTorch's operators do.
+
+    Args:
+        x: ``[..., d]``, contiguous, float32 or bfloat16.
+        weight: ``[d]``, contiguous, of the same type.
+        residual: of the shape of ``x``, contiguous: added first; it gets the sum.
+    """
+    width = x.shape[-1]
+    _require(weight.shape == (width,), f"a norm of {width} with {weight.shape} weights")
+    for rows in (x, weight) if residual is None else (x, weight, residual):
+        _require(
+            rows.is_contiguous() and rows.dtype == x.dtype, "norms of strided rows"
+        )
+    output, sizes = torch.empty_like(x), (x.numel() // width, width)
+    _call(f"rms_norm_{_name(x.dtype)}", x, residual, weight, output, *sizes, epsilon)
+    return output
 
 
 @cache
