@@ -82,9 +82,12 @@ def test_a_second_ctrl_c_ends_them_at_once(
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
+    # A shell that starts tests in the background has them ignore Ctrl-C.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     yield
     assert {each: signal.getsignal(each) for each in before} == before
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.usefixtures("handlers")
