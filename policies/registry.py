@@ -20,6 +20,8 @@ from policies.base import Policy
 from policies.files import read_text
 
 ENTRY_POINT_GROUP = "kvserve.policies"
+STOCK = "none"
+"""What is named where a policy could be, to leave vLLM as it is."""
 
 
 @cache

@@ -30,9 +30,12 @@ from kvserve.cores import Cores
 from kvserve.errors import UserError
 from kvserve.units import parse_bytes
 from policies.budgets import PolicySpec, split_policies
+from policies.registry import STOCK
 
-STOCK = "none"
-_COMPILING = ("-O", "--optimization-level", "--enforce-eager", "--compilation-config")
+_COMPILING = (
+    *("-O", "--optimization-level", "--enforce-eager"),
+    *("-cc", "--compilation-config"),
+)
 _EXAMPLES = """examples:
   kvserve bench                                  the embedded model, its default policy
   kvserve bench --url http://127.0.0.1:8000      a server that runs already

@@ -34,10 +34,7 @@ from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
 from kvserve.start_up import VERBOSE, Address, Progress
 from policies.head_scores import has_shipped_profile
-from policies.registry import parse_arguments
-
-STOCK = "none"
-"""The policy name that leaves vLLM as it is."""
+from policies.registry import STOCK, parse_arguments
 
 _EXAMPLES = """examples:
   kvserve serve                                  the embedded model, port 8000
@@ -160,6 +157,9 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     # Its default would not tell who asked for it from who did not.
     parser.set_defaults(optimization_level=None)
     args = parser.parse_args(argv)
+    level = args.optimization_level
+    if level is None:
+        args.optimization_level = EngineArgs.optimization_level
     HttpSettings.from_args(args)  # refuses flags before anything is loaded
     args.middleware = [*args.middleware, *MIDDLEWARE]
     args.subparser = "serve"
@@ -178,12 +178,13 @@ def serve(argv: list[str], quiet: bool = False) -> int:
         settings = dataclasses.replace(
             settings, allow_request_policies=args.allow_request_policies
         )
-        options = engine_options(settings, _given_options(args))
+        given = explicit_options(vars(args))
+        if level is not None:
+            given["optimization_level"] = level
+        options = engine_options(settings, given)
         words = policy_in_words(check_start(options))
         for name, value in options.items():
             setattr(args, name, value)
-    if args.optimization_level is None:
-        args.optimization_level = EngineArgs.optimization_level
     validate_parsed_serve_args(args)
     if quiet:
         args.use_tqdm_on_load = False
@@ -196,15 +197,6 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     ServeSubcommand.cmd(args)
     # vLLM's server ends in good order even when its engine was killed.
     return int(engine_died.is_set())
-
-
-def _given_options(args: argparse.Namespace) -> dict[str, Any]:
-    given = explicit_options(vars(args))
-    if given.get("optimization_level", 0) is None:
-        del given["optimization_level"]
-    elif args.optimization_level is not None:
-        given["optimization_level"] = args.optimization_level
-    return given
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:

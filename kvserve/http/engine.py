@@ -15,7 +15,7 @@ import numpy as np
 from vllm.config import VllmConfig
 
 from kvserve.dense_plan import DenseRule
-from kvserve.engine.preflight import page_bytes_of, what_fits
+from kvserve.engine.preflight import page_bytes_of
 from kvserve.engine.support import (
     fits,
     model_shape_of,
@@ -100,10 +100,6 @@ class ServedPolicy:
             requests_fit=fits(rule, context, pool),
             requests_fit_full=full_pool // full,
         )
-
-    def what_fits(self, pool: int) -> str:
-        """Say what ``pool`` pages, all that requests can have, hold at once."""
-        return what_fits(self._config, pool)
 
     def _budgets(self, context: int) -> Budgets:
         rule = self.rule

@@ -12,6 +12,7 @@ from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
 from kvserve.engine.named_policies import PolicyGuard
+from kvserve.engine.preflight import what_fits
 from kvserve.http.constraints import ConstraintGuard, guard_constraints
 from kvserve.http.dashboard_page import router as dashboard
 from kvserve.http.draining import drain_before_shutdown
@@ -27,12 +28,11 @@ from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
 from kvserve.metrics import KVMetrics
 from kvserve.start_up import tell_capacity
+from policies.registry import STOCK
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
-
-STOCK = "none"
 
 
 class KVEndpoints:
@@ -64,7 +64,7 @@ class KVEndpoints:
         report = (await sampler.sample()).report
         if report.cache is not None:
             gateway.policy = ServedPolicy(config)
-            tell_capacity(gateway.policy.what_fits(report.smallest_pool))
+            tell_capacity(what_fits(config, report.smallest_pool))
         gateway.sampler = sampler
         rule = gateway.policy.rule if gateway.policy else None
         longest = config.model_config.max_model_len

@@ -52,6 +52,15 @@ def refusal(layers: list[Attention], ranks: int = 1) -> str | None:
     return None
 
 
+def assert_refused(layers: list[Attention], told: str) -> None:
+    """See that one line begins as ``told`` and ends with the way out."""
+    said = refusal(layers)
+    assert said is not None
+    assert said.startswith(told)
+    assert "--policy none" in said
+    assert "\n" not in said
+
+
 @pytest.fixture(autouse=True)
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ModelShape("model", LAYERS, QUERY, KV, SIZE)
@@ -104,13 +113,8 @@ def test_each_rank_has_its_share(ranks: int, query: int, kv: int) -> None:
 def test_what_a_configuration_does_not_tell_is_refused(
     layers: list[Attention], has: str
 ) -> None:
-    said = refusal(layers)
-    assert said is not None
-    assert said.startswith(
-        f"MODEL some/model: its configuration tells of {PLANNED}, but it has {has}; "
-    )
-    assert "--policy none" in said
-    assert "\n" not in said
+    told = f"MODEL some/model: its configuration tells of {PLANNED}, but it has {has}; "
+    assert_refused(layers, told)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,4 @@ def test_what_a_configuration_does_not_tell_is_refused(
 def test_layers_that_cannot_be_paged_are_named(
     layers: list[Attention], kind: str
 ) -> None:
-    said = refusal(layers)
-    assert said is not None
-    assert said.startswith(f"MODEL some/model: has {kind} layers")
-    assert "--policy none" in said
+    assert_refused(layers, f"MODEL some/model: has {kind} layers")
