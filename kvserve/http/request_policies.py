@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request asks of our own: what cannot be honoured gets 400 before the engine.
 
-That is a policy of its own, tokens to be forced, and beam search under a policy.
+That is a policy of its own, tokens to be forced, beam search under a policy, and
+several replies of a model that is greedy unless told otherwise.
 
 vLLM has no hook between a request that it has read and its engine, so the instances of
 this API process get one. ``generate`` of the engine's client is on the way of every
@@ -30,7 +31,7 @@ from kvserve.http.receipts import unique_id
 PARAMETER = f"vllm_xargs.{KEY}"
 FORCED = f"vllm_xargs.{FORCED_TOKENS}"
 
-_WITH_BEAMS = {
+_CREATORS = {
     "openai_serving_chat": "create_chat_completion",
     "openai_serving_completion": "create_completion",
 }
@@ -69,10 +70,12 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
 
         responses._generate_with_builtin_tools = checked
         responses.create_responses = _named_by_server(responses.create_responses)
-    for name, method in _WITH_BEAMS.items():
+    for name, method in _CREATORS.items():
         serving = getattr(state, name, None)
         if serving is not None:
             create = getattr(serving, method)
+            default = serving.default_sampling_params.get("temperature")
+            create = _sampling(create, greedy=default == 0)
             setattr(serving, method, _without_beams(create, guard))
 
 
@@ -99,6 +102,21 @@ def _named_by_server(
         return await create(request, raw_request)
 
     return named
+
+
+def _sampling(
+    create: Callable[..., Awaitable[Any]], greedy: bool
+) -> Callable[..., Awaitable[Any]]:
+    """Name the way out where several replies are asked for, and all would be one."""
+
+    async def checked(request: Any, *args: Any, **kwargs: Any) -> Any:
+        several = (request.n or 1) > 1 and not request.use_beam_search
+        if greedy and several and request.temperature is None:
+            message = "the model answers greedily by default; set temperature above 0"
+            raise _refused(f"{request.n} replies would be one: {message}", "n")
+        return await create(request, *args, **kwargs)
+
+    return checked
 
 
 def _without_beams(

@@ -75,7 +75,7 @@ class Server:
         return self._log.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        """The API process, the engine core and the worker."""
+        """The API processes and the engine, which holds the worker if that is one."""
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -153,6 +154,19 @@ def test_n_gives_that_many_choices(ai: openai.OpenAI) -> None:
     )
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in reply.choices}) > 1
+
+
+def test_several_replies_of_a_greedy_model_are_refused_with_the_way_out(
+    ai: openai.OpenAI,
+) -> None:
+    chat, text = ai.chat.completions.create, ai.completions.create
+    question: Any = _QUESTION
+    for ask in (
+        lambda: chat(model=MODEL, messages=question, n=2),
+        lambda: text(model=MODEL, prompt="Once", n=2),
+    ):
+        with pytest.raises(openai.BadRequestError, match="set temperature above 0"):
+            ask()
 
 
 def test_a_seed_makes_samples_repeatable(ai: openai.OpenAI) -> None:

@@ -132,6 +132,7 @@ def test_samples_and_prompts_of_a_request_share_its_policy(mixed: Server) -> Non
         model=MODEL,
         prompt=[LONG, "short"],
         n=2,
+        temperature=1,
         max_tokens=4,
         extra_body=naming("full"),
     )

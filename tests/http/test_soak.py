@@ -160,8 +160,8 @@ def test_mixed_load_leaves_the_server_as_it_was(
     stats = idle(client)
     grown = memory_of(server) - before
     if requests < LONG:
-        # Kernels and the allocator warm up for some 500 requests, in the worker alone.
-        grown = Counter({n: mib for n, mib in grown.items() if "Worker" not in n})
+        # Kernels and the allocator warm up for some 500 requests, in the engine alone.
+        grown = Counter({n: mib for n, mib in grown.items() if "EngineCore" not in n})
     assert grown.total() < 64, grown
     assert stats["cache"]["pages"]["held"] == 0
     assert stats["cache"]["pages"]["free"] == stats["cache"]["pages"]["total"]
