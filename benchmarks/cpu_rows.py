@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table, median_ratio
-from kvserve.engine.hardware import cpu_kernels
-from kvserve.engine.rows import RowShapes
+from kvserve.engine.batch.rows import RowShapes
+from kvserve.engine.devices.hardware import cpu_kernels
 from kvserve.kernels.huge_pages import use_huge_pages
 from kvserve.kernels.page_formats import FORMATS, INT8, PageFormat
 from kvserve.processor import default_dtype

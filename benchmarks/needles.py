@@ -24,10 +24,10 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from kvserve import LLM
-from kvserve.evaluation.families import FACTS, MAGIC_NUMBERS
-from kvserve.evaluation.needles import NeedlePrompt, build_prompt, score
 from kvserve.models import resolve_model
 from kvserve.processor import default_dtype
+from kvserve.texts.families import FACTS, MAGIC_NUMBERS
+from kvserve.texts.needles import NeedlePrompt, build_prompt, score
 
 _DEFAULT = ["full", "retrieval", "sink-recent"]
 LENGTHS = [1024, 2048, 3072, 4000]

@@ -25,11 +25,11 @@ from vllm.v1.core.block_pool import BlockPool
 
 from benchmarks.figures import draw_curves
 from benchmarks.tables import OUT, Report, Spread, Table
-from kvserve.engine.manager import HeadPagedManager
-from kvserve.engine.page_tables import PageTables
-from kvserve.engine.rows import RowBuilder
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.engine.batch.rows import RowBuilder
+from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.stream_rule import StreamRule
+from kvserve.plan.streaming import StreamRule
 from policies.base import Capabilities, HeadBudget, ModelShape, StreamingPolicy
 
 MODELS = {

@@ -64,7 +64,7 @@ def _serve(argv: list[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # What is imported stays: looking for garbage meanwhile takes a tenth of the time.
     gc.disable()
-    from kvserve.engine.serve import serve
+    from kvserve.http.serve import serve
 
     gc.freeze()
     gc.enable()
@@ -85,7 +85,7 @@ def _end(code: int) -> NoReturn:
 def _plan(argv: list[str]) -> int:
     # A report of ten lines should not drown in vLLM's start-up log.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from kvserve.engine.capacity import plan
+    from kvserve.engine.start.capacity import plan
 
     return plan(argv)
 

@@ -14,12 +14,12 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from kvserve.engine import cpu_operators
-    from kvserve.engine.dense_manager import DensePagedManager
-    from kvserve.engine.manager import HeadPagedManager
-    from kvserve.engine.orphans import watch_over_parents
-    from kvserve.engine.report import add_utilities
-    from kvserve.engine.shared_manager import SharedPagedManager
+    from kvserve.engine.devices import cpu_operators
+    from kvserve.engine.scheduling.dense_manager import DensePagedManager
+    from kvserve.engine.scheduling.manager import HeadPagedManager
+    from kvserve.engine.scheduling.orphans import watch_over_parents
+    from kvserve.engine.scheduling.report import add_utilities
+    from kvserve.engine.scheduling.shared_manager import SharedPagedManager
     from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
 
     KVCacheSpecRegistry._ensure_registered()

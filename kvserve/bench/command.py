@@ -15,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvserve import __version__
 from kvserve.bench.result import Result, draw, table, write_json
 from kvserve.bench.scrape import Sampler, get
 from kvserve.bench.server import running_server
@@ -29,6 +28,7 @@ from kvserve.bench.workloads import (
 from kvserve.cores import Cores
 from kvserve.errors import UserError
 from kvserve.units import parse_bytes
+from kvserve.version import __version__
 from policies.budgets import PolicySpec, split_policies
 from policies.registry import STOCK
 
@@ -254,7 +254,7 @@ def measure(base_url: str, label: str, load: Load) -> Result:
         UserError: no server answers, or it is not one of vLLM's.
     """
     model = _served_model(base_url)
-    from kvserve.engine.bench_client import send
+    from kvserve.bench.client import send
 
     send(base_url, model, [_warm_up(load.requests[0])], progress=False)
     try:

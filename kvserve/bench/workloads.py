@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvserve.errors import UserError
-from kvserve.evaluation.haystack import Book, load_book, passage
+from kvserve.texts.haystack import Book, load_book, passage
 
 Message = dict[str, str]
 

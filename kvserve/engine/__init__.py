@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What extends vLLM: the KV cache spec, its manager, the backend and the worker."""
+"""What extends vLLM, by process; here is what crosses from one to another."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kvserve.dense_plan import DenseRule
-from kvserve.plan import PagePlan
-from kvserve.stream_rule import StreamRule
+from kvserve.plan.dense import DenseRule
+from kvserve.plan.page_plan import PagePlan
+from kvserve.plan.streaming import StreamRule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality measurements: long texts, hidden facts and how well answers find them."""
+"""Quality measurements: what policies lose, and the budget that a model can bear."""

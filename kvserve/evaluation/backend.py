@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation needs of an engine, wherever that runs.
 
-``kvserve.engine.evaluate`` drives an engine in this process, ``remote.py`` a server.
+``kvserve.evaluation.engine`` drives an engine in this process, ``remote.py`` a server.
 """
 
 from __future__ import annotations
@@ -15,12 +15,6 @@ TOP = 20
 
 AT_ONCE = 8
 """Requests that run together."""
-
-FORCED_TOKENS = "kvserve_forced_tokens"
-"""Name of the extra argument that carries forced tokens to an engine."""
-
-FORCED_PROCESSOR = "kvserve.engine.forced:ForcedTokens"
-"""The logits processor that forces them."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvserve import __version__
 from kvserve.errors import UserError
+from kvserve.evaluation.catalogue import built_in
 from kvserve.evaluation.contenders import (
     DTYPES,
     LocalEngine,
@@ -22,18 +22,19 @@ from kvserve.evaluation.contenders import (
     ServerContender,
 )
 from kvserve.evaluation.finder import Probe, find_budget, serve_command
-from kvserve.evaluation.haystack import Book, load_book, load_text
 from kvserve.evaluation.model import EvaluatedModel, load_model
 from kvserve.evaluation.report import Heading, make_tables, write_report
 from kvserve.evaluation.runner import REFERENCE, Assignment, Contender, Runner
 from kvserve.evaluation.store import Cell, Store
 from kvserve.evaluation.summary import Line, Summary
-from kvserve.evaluation.tasks import Task, built_in
+from kvserve.evaluation.tasks import Task
 from kvserve.evaluation.user_task import load_user_task
 from kvserve.models import EMBEDDED_MODEL
 from kvserve.processor import default_dtype
 from kvserve.profiling.fast import profile_arguments
+from kvserve.texts.haystack import Book, load_book, load_text
 from kvserve.units import parse_bytes
+from kvserve.version import __version__
 from policies.budgets import PolicySpec
 
 _BOOK: Book = "persuasion"

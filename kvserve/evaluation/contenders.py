@@ -62,7 +62,7 @@ class PolicyContender:
         return self.spec.arguments(length, self.engine.model.shape)
 
     def open(self, arguments: Arguments) -> Backend:
-        from kvserve.engine.evaluate import EngineBackend
+        from kvserve.evaluation.engine import EngineBackend
 
         return EngineBackend(
             self.engine.model.path,

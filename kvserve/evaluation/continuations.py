@@ -15,9 +15,9 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import TOP, Reply, Request
-from kvserve.evaluation.haystack import passage
-from kvserve.evaluation.needles import chat, encode, fit
 from kvserve.evaluation.tasks import Place, Sample
+from kvserve.texts.haystack import passage
+from kvserve.texts.needles import chat, encode, fit
 
 _CONTINUATION = 128
 _REPLY = 64

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvserve.errors import UserError
-from kvserve.evaluation.backend import FORCED_PROCESSOR, Request
+from kvserve.evaluation.backend import Request
 from kvserve.evaluation.remote import Server, body_of, call
+from kvserve.extra_args import FORCED_PROCESSOR
 
 Score = tuple[float, bool]
 """Natural logarithm of the probability, and whether greedy decoding would say so."""

@@ -13,16 +13,9 @@ from typing import Any
 import httpx
 
 from kvserve.errors import UserError
-from kvserve.evaluation.backend import (
-    AT_ONCE,
-    FORCED_PROCESSOR,
-    FORCED_TOKENS,
-    Pages,
-    Reply,
-    Request,
-    generated_text,
-)
+from kvserve.evaluation.backend import AT_ONCE, Pages, Reply, Request, generated_text
 from kvserve.evaluation.model import EvaluatedModel
+from kvserve.extra_args import FORCED_PROCESSOR, FORCED_TOKENS
 
 _PATIENCE = httpx.Timeout(600, connect=10)
 _RECEIPT_TRIES, _RECEIPT_SECONDS = 10, 0.2

@@ -15,10 +15,10 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
-from kvserve.evaluation.families import MAGIC_NUMBERS
-from kvserve.evaluation.haystack import DATA, insert, passage
-from kvserve.evaluation.needles import build_prompt, chat, encode, fit
 from kvserve.evaluation.tasks import Place, Sample
+from kvserve.texts.families import MAGIC_NUMBERS
+from kvserve.texts.haystack import DATA, insert, passage
+from kvserve.texts.needles import build_prompt, chat, encode, fit
 
 WORDS = tuple((DATA / "words.txt").read_text(encoding="utf-8").split())
 _SENTENCE = "One of the special magic numbers for {word} is: {number}."

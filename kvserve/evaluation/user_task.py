@@ -10,8 +10,8 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
-from kvserve.evaluation.needles import chat, encode
 from kvserve.evaluation.tasks import Place, Sample, Task
+from kvserve.texts.needles import chat, encode
 
 _REPLY = 64
 _FORM = 'expected {"prompt": "...", "answer": "..."}; answer may be a list of strings'

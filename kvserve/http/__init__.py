@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kvserve adds to vLLM's HTTP server: routes, middleware and a page."""
+"""Runs in the API server's process: what kvserve adds to vLLM's HTTP server."""

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 
-from kvserve.dense_plan import DenseRule
-from kvserve.engine.preflight import page_bytes_of
-from kvserve.engine.support import (
+from kvserve.engine.start.preflight import page_bytes_of
+from kvserve.engine.start.support import (
     fits,
     model_shape_of,
     pages_hold,
@@ -24,7 +23,8 @@ from kvserve.engine.support import (
     scratch_of,
 )
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
-from kvserve.stream_rule import StreamRule
+from kvserve.plan.dense import DenseRule
+from kvserve.plan.streaming import StreamRule
 from policies.base import Policy
 from policies.files import read_bytes
 from policies.registry import changed_arguments

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 
-from kvserve.engine.named_policies import PolicyGuard
-from kvserve.engine.preflight import what_fits
+from kvserve.engine.start.admission import PolicyGuard
+from kvserve.engine.start.preflight import what_fits
 from kvserve.http.constraints import ConstraintGuard, guard_constraints
 from kvserve.http.dashboard_page import router as dashboard
 from kvserve.http.draining import drain_before_shutdown
@@ -23,10 +23,10 @@ from kvserve.http.errors import (
     http_exception_response,
 )
 from kvserve.http.gateway import Gateway
+from kvserve.http.metrics import KVMetrics
 from kvserve.http.request_policies import guard_requests
 from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
-from kvserve.metrics import KVMetrics
 from kvserve.start_up import tell_capacity
 from policies.registry import STOCK
 

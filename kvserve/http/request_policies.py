@@ -21,14 +21,13 @@ from starlette.datastructures import State
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.inputs.preprocess import extract_prompt_len
 
-from kvserve.engine.forced import check_forced
-from kvserve.engine.named_policies import KEY, PolicyGuard, named_in
+from kvserve.engine.start.admission import PolicyGuard, check_forced
 from kvserve.errors import UserError
-from kvserve.evaluation.backend import FORCED_TOKENS
+from kvserve.extra_args import FORCED_TOKENS, POLICY, said_in
 from kvserve.http.notices import notice
 from kvserve.http.receipts import unique_id
 
-PARAMETER = f"vllm_xargs.{KEY}"
+PARAMETER = f"vllm_xargs.{POLICY}"
 FORCED = f"vllm_xargs.{FORCED_TOKENS}"
 
 _CREATORS = {
@@ -48,7 +47,7 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             raise _refused(str(error), FORCED) from None
         if remark := guard.remark(params):
             notice(remark)
-        if named_in(params) is None:
+        if said_in(params, POLICY) is None:
             return
         known = isinstance(prompt, dict)
         length = extract_prompt_len(model_config, prompt) if known else None
@@ -126,7 +125,7 @@ def _without_beams(
 
     async def checked(request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.use_beam_search:
-            for key, parameter in ((KEY, PARAMETER), (FORCED_TOKENS, FORCED)):
+            for key, parameter in ((POLICY, PARAMETER), (FORCED_TOKENS, FORCED)):
                 if key in (request.vllm_xargs or {}):
                     message = f"beam search takes no {key}; leave one of them out"
                     raise _refused(message, parameter)

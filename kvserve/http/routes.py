@@ -26,7 +26,7 @@ from kvserve.http.models import (
 from kvserve.http.receipts import of_request
 from kvserve.http.sampler import PERIOD_SECONDS, EngineSilentError, Sampler
 from kvserve.http.stats import stats_of
-from kvserve.ledger import MOST_RECEIPTS
+from kvserve.plan.ledger import MOST_RECEIPTS
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A parameter is out of range."},

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from kvserve.metrics import KVMetrics
-from kvserve.report import EngineReport
+from kvserve.http.cache_report import EngineReport
+from kvserve.http.metrics import KVMetrics
 
 PERIOD_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0

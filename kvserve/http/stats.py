@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from kvserve.http.cache_report import CacheReport
 from kvserve.http.gateway import Gateway
 from kvserve.http.models import Bytes, Cache, Pages, Running, Stats
 from kvserve.http.sampler import Sample
 from kvserve.http.traffic import read_traffic
-from kvserve.report import CacheReport
 
 
 def stats_of(gateway: Gateway, sample: Sample) -> Stats:

@@ -81,18 +81,18 @@ struct Lanes {
     operator Ints() const { return *reinterpret_cast<const Ints *>(from); }
 };
 
-template <int apart, class Join> inline Floats joined(Floats numbers, Join join) {
+template <int apart, class Both> inline Floats joined(Floats numbers, Both both) {
     static constexpr Lanes PARTNER([](int lane) { return lane ^ apart; });
-    return join(numbers, __builtin_shuffle(numbers, Ints(PARTNER)));
+    return both(numbers, __builtin_shuffle(numbers, Ints(PARTNER)));
 }
 
 // Join the lanes of a vector by halves, so that few have to wait for each other.
-template <class Join> inline float folded(Floats numbers, Join join) {
+template <class Both> inline float folded(Floats numbers, Both both) {
     if (LANES == 16)
-        numbers = joined<8>(numbers, join);
+        numbers = joined<8>(numbers, both);
     if (LANES >= 8)
-        numbers = joined<4>(numbers, join);
-    return joined<1>(joined<2>(numbers, join), join)[0];
+        numbers = joined<4>(numbers, both);
+    return joined<1>(joined<2>(numbers, both), both)[0];
 }
 
 inline float total(Floats numbers) {

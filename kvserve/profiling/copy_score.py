@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvserve.evaluation.needles import NeedlePrompt, score
 from kvserve.profiling.attention_hook import install_attention
+from kvserve.texts.needles import NeedlePrompt, score
 
 _ATTENTION = "kvserve_top_key"
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
-from kvserve.evaluation.families import PROFILING
-from kvserve.evaluation.haystack import load_book
 from kvserve.models import cache_dir
 from kvserve.profiling.influence import BLOCK, InfluenceProbe, measure_influence
 from kvserve.profiling.recital import Recital, build_recital
 from kvserve.profiling.runs import load_model, to_lines
+from kvserve.texts.families import PROFILING
+from kvserve.texts.haystack import load_book
 from policies.budgets import PolicySpec
 from policies.head_scores import PROFILE_FORMAT, has_shipped_profile
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvserve.evaluation.families import PROFILING
 from kvserve.profiling.attention_hook import install_attention, no_mask
 from kvserve.profiling.recital import Recital, build_recital
+from kvserve.texts.families import PROFILING
 
 _ATTENTION = "kvserve_gated"
 _BLOCK = 32

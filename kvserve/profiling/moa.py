@@ -19,8 +19,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvserve.evaluation.families import PROFILING
-from kvserve.evaluation.haystack import load_book, load_text
 from kvserve.models import resolve_model
 from kvserve.profiling.heat_map import draw_spans
 from kvserve.profiling.runs import (
@@ -31,6 +29,8 @@ from kvserve.profiling.runs import (
     to_lines,
 )
 from kvserve.profiling.span_search import MoASettings, SpanSearch
+from kvserve.texts.families import PROFILING
+from kvserve.texts.haystack import load_book, load_text
 from kvserve.units import format_bytes
 from policies.moa import PLAN_FORMAT
 

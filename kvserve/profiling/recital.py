@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvserve.errors import UserError
-from kvserve.evaluation.haystack import insert, passage
-from kvserve.evaluation.needles import Family, Needle, chat, encode, fit
+from kvserve.texts.haystack import insert, passage
+from kvserve.texts.needles import Family, Needle, chat, encode, fit
 
 _INSTRUCTION = "Repeat every made-up fact of the text above."
 

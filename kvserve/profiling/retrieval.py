@@ -29,9 +29,6 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
-from kvserve.evaluation.families import PROFILING
-from kvserve.evaluation.haystack import load_book, load_text
-from kvserve.evaluation.needles import NeedlePrompt, build_prompt
 from kvserve.models import resolve_model
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
 from kvserve.profiling.fast import profile_fast
@@ -49,6 +46,9 @@ from kvserve.profiling.runs import (
     store_path,
     to_lines,
 )
+from kvserve.texts.families import PROFILING
+from kvserve.texts.haystack import load_book, load_text
+from kvserve.texts.needles import NeedlePrompt, build_prompt
 from policies.head_scores import PROFILE_FORMAT
 
 UNFINISHED = "retrieval.unfinished.json"

@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
-from kvserve.evaluation.families import PROFILING
 from kvserve.profiling.elastic import (
     Choice,
     Problem,
@@ -39,6 +38,7 @@ from kvserve.profiling.influence import (
 from kvserve.profiling.recital import Recital, build_recital
 from kvserve.profiling.runs import appending, finished, load_model, store_path
 from kvserve.profiling.spans import SpanAttention, answer_log_probs, divergence
+from kvserve.texts.families import PROFILING
 from policies.moa import span
 
 _FACTS = 8

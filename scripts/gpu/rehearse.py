@@ -32,7 +32,7 @@ from scripts.gpu.bundle import (  # noqa: E402
 from scripts.gpu.parts import BundleError, Manifest, unpack  # noqa: E402
 from scripts.gpu.run import Place, environment  # noqa: E402
 
-COMPILES = "tests/unit/test_triton_compiles.py"
+COMPILES = "tests/unit/kernels/test_triton_compiles.py"
 _CUDA = re.compile(r"^(nvidia-|cuda-|torch|triton|cupy|jax)")
 
 

@@ -57,7 +57,7 @@ def serve_parser() -> Callable[[list[str]], Any]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from kvserve.engine.serve import add_policy_arguments
+    from kvserve.http.serve import add_policy_arguments
 
     parser = FlexibleArgumentParser()
     add_policy_arguments(make_arg_parser(parser))

@@ -71,7 +71,7 @@ class Engine:
         **options: Any,
     ) -> None:
         from kvserve import LLM
-        from kvserve.engine.hardware import has_gpu
+        from kvserve.engine.devices.hardware import has_gpu
 
         # vLLM wants as much of a GPU to be free, whatever the pool: others are there.
         on_gpu = {"gpu_memory_utilization": 0.5} if has_gpu() else {}

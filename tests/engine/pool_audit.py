@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from kvserve.engine.shared_manager import SharedPagedManager
+from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 
 
 class PoolAudit:

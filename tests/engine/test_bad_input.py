@@ -13,9 +13,9 @@ import torch
 
 from kvserve import cores
 from kvserve.cli import main
-from kvserve.engine.options import engine_options, prepare_environment
-from kvserve.engine.preflight import check_start
 from kvserve.engine.settings import PolicySettings
+from kvserve.engine.start.options import engine_options, prepare_environment
+from kvserve.engine.start.preflight import check_start
 from kvserve.errors import UserError
 from kvserve.units import format_bytes
 from tests.engine.conftest import Model

@@ -15,12 +15,13 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from kvserve.engine.named_policies import PolicyGuard, rule_of_request
-from kvserve.engine.page_tables import PageTables
-from kvserve.engine.shared_manager import SharedPagedManager
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 from kvserve.engine.spec import SharedPagedSpec
+from kvserve.engine.start.admission import PolicyGuard
+from kvserve.plan.request_policies import rule_of_request
+from kvserve.plan.streaming import StreamRule
 from kvserve.plugin import register
-from kvserve.stream_rule import StreamRule
 from policies.base import ModelShape
 from policies.full import Full
 

@@ -19,12 +19,13 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from kvserve.engine import hardware, options
-from kvserve.engine.backend import HeadPagedBackend, HeadPagedMetadataBuilder
-from kvserve.engine.dense_backend import DenseMetadataBuilder
-from kvserve.engine.options import EXPERIMENTAL_CUDA, engine_options
+from kvserve.engine.devices import hardware
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.worker import _attention_backend
+from kvserve.engine.start import options
+from kvserve.engine.start.options import EXPERIMENTAL_CUDA, engine_options
+from kvserve.engine.worker.backend import HeadPagedBackend, HeadPagedMetadataBuilder
+from kvserve.engine.worker.dense_backend import DenseMetadataBuilder
+from kvserve.engine.worker.worker import _attention_backend
 from kvserve.errors import UserError
 
 pytestmark = pytest.mark.engine
@@ -78,7 +79,7 @@ def test_the_flag_opts_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("opted_in")
 def test_the_gpu_worker_runs_under_the_runner_that_has_hooks() -> None:
     found = start()
-    assert found["worker_cls"] == "kvserve.engine.worker.HeadPagedWorker"
+    assert found["worker_cls"] == "kvserve.engine.worker.worker.HeadPagedWorker"
     assert found["async_scheduling"] is False
     assert found["block_size"] == 32
     assert os.environ[_RUNNER] == "0"

@@ -122,7 +122,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         *("--policy-arg", "recent=32", "--dtype", default_dtype(), "--enforce-eager"),
         *("--kv-cache-memory-bytes", "256M", "--max-model-len", "1024"),
         *("--max-num-seqs", "8", "--max-num-batched-tokens", "2048"),
-        *("--logits-processors", "kvserve.engine.forced:ForcedTokens"),
+        *("--logits-processors", "kvserve.engine.worker.forced_tokens:ForcedTokens"),
     ]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(

@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
     KVCacheBlock,
 )
 
-from kvserve.engine.free_pages import FreePages
+from kvserve.engine.scheduling.free_pages import FreePages
 from tests.unit.simulator import seeds
 
 NUM_PAGES = 24

@@ -109,7 +109,7 @@ def prompts_of(model: Model) -> list[list[int]]:
         return random_prompts(lengths, model.vocab, seed=1)
     from transformers import AutoTokenizer
 
-    novel = files("kvserve.evaluation") / "data" / "persuasion.txt"
+    novel = files("kvserve.texts") / "data" / "persuasion.txt"
     tokenizer = AutoTokenizer.from_pretrained(model.path)
     tokens = tokenizer(novel.read_text(encoding="utf-8")[: 8 * sum(lengths)])
     starts = itertools.accumulate(lengths, initial=0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvserve.plan import PagePlan
+from kvserve.plan.page_plan import PagePlan
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, random_prompts
 from tests.reference.masked_model import Budgets, visible

@@ -22,13 +22,13 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from kvserve.engine.page_tables import PageTables
-from kvserve.engine.rows import RowBuilder
-from kvserve.engine.shared_manager import SharedPagedManager
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.engine.batch.rows import RowBuilder
+from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 from kvserve.engine.spec import SharedPagedSpec
-from kvserve.plan import PagePlan
+from kvserve.plan.page_plan import PagePlan
+from kvserve.plan.streaming import StreamRule
 from kvserve.plugin import register
-from kvserve.stream_rule import StreamRule
 from tests.engine.pool_audit import PoolAudit
 from tests.unit.pool_model import Label, PoolModel
 from tests.unit.simulator import (

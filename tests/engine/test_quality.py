@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from kvserve.evaluation.families import MAGIC_NUMBERS
-from kvserve.evaluation.needles import build_prompt, score
 from kvserve.processor import default_dtype
+from kvserve.texts.families import MAGIC_NUMBERS
+from kvserve.texts.needles import build_prompt, score
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, EngineSlot
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvserve.errors import UserError
-from kvserve.plan import PagePlan
+from kvserve.plan.page_plan import PagePlan
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, Reply, random_prompts
 from tests.engine.test_isolation import assert_same

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvserve.engine import hardware
+from kvserve.engine.devices import hardware
 from tests.engine.conftest import Model, tiny_model
 from tests.engine.harness import EngineSlot, random_prompts
 from tests.reference.models import TinyLlama

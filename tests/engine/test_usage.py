@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvserve.plan import PagePlan
+from kvserve.plan.page_plan import PagePlan
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, random_prompts
 from tests.engine.test_no_leak import POLICIES as SOME_POLICIES

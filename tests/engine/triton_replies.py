@@ -21,7 +21,7 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
-from kvserve.engine import hardware
+from kvserve.engine.devices import hardware
 from policies.registry import create_policy
 from tests.engine.harness import Engine, random_prompts
 

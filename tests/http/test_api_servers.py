@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvserve.metrics import COUNTERS, GAUGES
+from kvserve.http.metrics import COUNTERS, GAUGES
 from tests.http.harness import Server, completion
 
 pytestmark = pytest.mark.engine

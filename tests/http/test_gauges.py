@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvserve.metrics import GAUGES
+from kvserve.http.metrics import GAUGES
 from tests.http.harness import Server, completion
 
 pytestmark = pytest.mark.engine

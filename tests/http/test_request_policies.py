@@ -14,8 +14,8 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvserve.http.metrics import POLICY_COUNTERS, POLICY_GAUGES
 from kvserve.http.models import PolicyBody, RequestReceipt, Stats
-from kvserve.metrics import POLICY_COUNTERS, POLICY_GAUGES
 from tests.http.harness import MODEL, Server
 
 pytestmark = pytest.mark.engine

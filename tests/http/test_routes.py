@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
+from kvserve.http.metrics import COUNTERS, GAUGES
 from kvserve.http.models import PlanBody, PolicyBody, Receipts, RequestReceipt, Stats
-from kvserve.metrics import COUNTERS, GAUGES
 from tests.http.harness import MODEL, Server, completion
 
 pytestmark = pytest.mark.engine

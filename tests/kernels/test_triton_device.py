@@ -24,8 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvserve.engine.triton_device import TritonDevice, TritonRows  # noqa: E402
-from kvserve.engine.uploads import Buffer  # noqa: E402
+from kvserve.engine.devices.gpu import TritonDevice, TritonRows  # noqa: E402
+from kvserve.engine.devices.uploads import Buffer  # noqa: E402
 from kvserve.kernels import reference  # noqa: E402
 
 pytestmark = pytest.mark.gpu

@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvserve.engine.triton_device import TritonDevice  # noqa: E402
+from kvserve.engine.devices.gpu import TritonDevice  # noqa: E402
 from kvserve.kernels import triton_rows  # noqa: E402
 from tests.kernels.test_triton_rows import (  # noqa: E402
     DECODE,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The visibility rule of ``kvserve.plan`` written out token by token."""
+"""The visibility rule of ``kvserve.plan.page_plan`` written out token by token."""
 
 from __future__ import annotations
 
-from kvserve.plan import PagePlan
+from kvserve.plan.page_plan import PagePlan
 
 
 def stays(plan: PagePlan, layer: int, head: int, block: int) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvserve.engine.rows import RowShapes, StepRows
-from kvserve.plan import PagePlan
+from kvserve.engine.batch.rows import RowShapes, StepRows
+from kvserve.plan.page_plan import PagePlan
 from tests.reference.visibility import visible_positions
 from tests.unit.simulator import Batch, Request
 

@@ -15,10 +15,10 @@ from random import Random
 import numpy as np
 from hypothesis import strategies as st
 
-from kvserve.engine.page_tables import PageArray
-from kvserve.lanes import IntArray
-from kvserve.plan import PagePlan
-from kvserve.stream_rule import scratch_pages
+from kvserve.engine.batch.page_tables import PageArray
+from kvserve.plan.lanes import IntArray
+from kvserve.plan.page_plan import PagePlan
+from kvserve.plan.streaming import scratch_pages
 
 FULL_LANE = (0, 0)
 UNKNOWN_PAGE = -1

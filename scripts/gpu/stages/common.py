@@ -148,9 +148,9 @@ def rehearse(spec: EngineSpec) -> str:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from kvserve.engine.options import engine_options, prepare_environment
-    from kvserve.engine.preflight import check_start
     from kvserve.engine.settings import PolicySettings
+    from kvserve.engine.start.options import engine_options, prepare_environment
+    from kvserve.engine.start.preflight import check_start
     from kvserve.errors import UserError
 
     defaults = {"dtype": "bfloat16", "enforce_eager": True, "block_size": 32}

@@ -51,7 +51,7 @@ def prompts(stage: Stage) -> list[list[int]]:
     from kvserve.models import embedded_model
 
     lengths = LENGTHS if stage.on_gpu else SMALL_LENGTHS
-    novel = files("kvserve.evaluation") / "data" / "persuasion.txt"
+    novel = files("kvserve.texts") / "data" / "persuasion.txt"
     text = novel.read_text(encoding="utf-8")[: 8 * sum(lengths)]
     tokens = AutoTokenizer.from_pretrained(str(embedded_model()))(text)["input_ids"]
     found, start = [], 0

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a scheduled batch into rows for a paged-attention kernel.
+
+A *row* is a sequence of queries that share one KV head and one page table: a (request,
+KV head) pair in decode and for full heads, a (request, KV head, query block) triple
+for bounded heads in prefill; which heads are bounded may differ among requests.
+Kernels run rows with ``num_kv_heads = 1`` and know nothing of policies: what a head
+may see is which pages its rows list.
+
+Rows of a step come in two parts. Decode rows follow the tokens, ``(request, head)``,
+so that queries ``[tokens, H_q, D]`` are rows by a mere view. Prefill rows are
+head-major, ``(head, request[, block])``, over queries transposed to
+``[H_kv, tokens, G, D]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.plan.lanes import BoolArray, IntArray
+from kvserve.plan.page_plan import PagePlan
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass
+class RowShapes:
+    """Lengths of a step's rows, shared by all layers whose heads have equal budgets.
+
+    Attributes:
+        num_decodes: leading rows that follow the tokens.
+        query_start: first query of each row, ``[rows + 1]``, where the rows behind are
+            head-major.
+        seq_lens: keys that the row's last query sees, ``[rows]``.
+        first: the same first queries as ``token * H_kv + head``, ``[rows]``.
+    """
+
+    num_decodes: int
+    query_start: Int32Array
+    seq_lens: Int32Array
+    first: IntArray
+
+
+@dataclass
+class StepRows:
+    """One step's rows.
+
+    Attributes:
+        num_decode_tokens: leading tokens that are decode rows.
+        shapes: the distinct lengths among the layers.
+        shape_of_layer: which of ``shapes`` is a layer's, ``[num_layers]``.
+        page_tables: pages of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
+        slots: where each token's key and value go, ``[num_layers, tokens * H_kv]``.
+        copies: per layer, scratch pages and the ring pages they replace once attention
+            is done; empty when there is nothing to copy.
+    """
+
+    num_decode_tokens: int
+    shapes: list[RowShapes]
+    shape_of_layer: list[int]
+    page_tables: PageArray | list[PageArray]
+    slots: IntArray
+    copies: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+
+
+class RowBuilder:
+    """Builds the rows of each step from the page tables."""
+
+    def __init__(self, plan: PagePlan, tables: PageTables) -> None:
+        self._plan = plan
+        self._tables = tables
+
+    def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
+        """Build the rows of a batch whose one-token requests come first.
+
+        Args:
+            query_start: first token of each request, ``[requests + 1]``.
+            seq_lens: tokens of each request when the step is done, ``[requests]``.
+        """
+        lengths = np.diff(query_start)
+        longer = np.flatnonzero(lengths > 1)
+        num_decodes = int(longer[0]) if longer.size else len(lengths)
+        decode_lens = self._decode_lens(seq_lens[:num_decodes])
+        # Kernels read slots one after the other; with one head they may be a view.
+        slots = np.ascontiguousarray(self._decode_slots(seq_lens[:num_decodes]))
+        if not longer.size:
+            return self._decode_only(decode_lens, slots)
+        chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
+        slots = np.concatenate([slots, np.ascontiguousarray(chunks.slots())], axis=1)
+        exemplars, shape_of_layer = _alike_layers(
+            np.concatenate([chunks.row_lengths(), decode_lens], axis=1)
+        )
+        shapes = [
+            self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
+        ]
+        return StepRows(
+            num_decodes,
+            shapes,
+            shape_of_layer,
+            [self._page_table(layer, chunks) for layer in range(self._plan.num_layers)],
+            slots,
+            chunks.copies(),
+        )
+
+    def _decode_lens(self, seq_lens: IntArray) -> IntArray:
+        """Keys each decode row sees, ``[num_layers, requests * H_kv]``."""
+        size = self._plan.page_size
+        block = (seq_lens - 1) // size
+        lanes = self._tables.lanes.first_rows(len(seq_lens))
+        hidden = lanes.hidden(block[:, None, None])[..., 0]
+        visible = seq_lens[:, None] - hidden * size
+        return visible.reshape(self._plan.num_layers, -1)
+
+    def _decode_slots(self, seq_lens: IntArray) -> IntArray:
+        page_size = self._plan.page_size
+        page = self._tables.open_page[:, : len(seq_lens)].astype(np.int64)
+        slots = page * page_size + ((seq_lens - 1) % page_size)[:, None]
+        return slots.reshape(self._plan.num_layers, -1)
+
+    def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
+        rows = decode_lens.shape[1]
+        first = np.arange(rows)
+        starts = np.arange(rows + 1, dtype=np.int32)
+        # Lanes of unequal budgets are alike until the smaller one is full.
+        exemplars, shape_of_layer = _alike_layers(decode_lens)
+        shapes = [
+            RowShapes(rows, starts, decode_lens[layer].astype(np.int32), first)
+            for layer in exemplars
+        ]
+        ordered = self._tables.ordered
+        num_decodes = rows // self._plan.num_kv_heads
+        tables = ordered[:, :num_decodes].reshape(len(ordered), rows, -1)
+        return StepRows(num_decodes, shapes, shape_of_layer, tables, slots)
+
+    def _with_prefill(
+        self, decode_lens: IntArray, chunks: _Chunks, layer: int
+    ) -> RowShapes:
+        decodes, heads = len(decode_lens), self._plan.num_kv_heads
+        lengths, seq_lens = [np.ones_like(decode_lens)], [decode_lens]
+        first = [np.arange(decodes)]
+        for head in range(heads):
+            row_lengths, row_seq_lens = chunks.rows(layer, head)
+            lengths.append(row_lengths)
+            seq_lens.append(row_seq_lens)
+            first.append(decodes + (row_lengths.cumsum() - row_lengths) * heads + head)
+        starts = np.concatenate([[0], *lengths]).cumsum()
+        return RowShapes(
+            decodes,
+            starts.astype(np.int32),
+            np.concatenate(seq_lens).astype(np.int32),
+            np.concatenate(first),
+        )
+
+    def _page_table(self, layer: int, chunks: _Chunks) -> PageArray:
+        first, heads = chunks.first_row, self._plan.num_kv_heads
+        width = self._tables.by_slot.shape[3]
+        decode = self._tables.ordered[layer, :first].reshape(first * heads, width)
+        parts = [chunks.page_table(layer, head) for head in range(heads)]
+        return np.concatenate([decode, *parts])
+
+
+def _alike_layers(values: IntArray) -> tuple[list[int], list[int]]:
+    """Group layers of equal ``values [num_layers, ...]``.
+
+    Returns:
+        The first layer of each group, and the group of each layer.
+    """
+    groups: dict[bytes, int] = {}
+    first: list[int] = []
+    group_of_layer = []
+    for layer, row in enumerate(values):
+        group = groups.setdefault(row.tobytes(), len(groups))
+        if group == len(first):
+            first.append(layer)
+        group_of_layer.append(group)
+    return first, group_of_layer
+
+
+class _Chunks:
+    """The prefill part of one step: each request's chunk, cut at page boundaries.
+
+    Attributes:
+        first_row: batch row of the first chunk.
+        lengths, seq_lens: queries and keys of each chunk, ``[chunks]``.
+        block_lengths: queries in each touched block, ``[blocks]``.
+        visible: keys that a block's last query sees, ``[layers, heads, blocks]``.
+        bounded_tables: pages a block's queries read, ``[layers, heads, blocks, w]``.
+    """
+
+    def __init__(
+        self,
+        plan: PagePlan,
+        tables: PageTables,
+        query_start: IntArray,
+        seq_lens: IntArray,
+        first_row: int,
+    ) -> None:
+        self._plan, self._by_slot = plan, tables.by_slot
+        self.first_row = first_row
+        self.lengths = np.diff(query_start)[first_row:]
+        self.seq_lens = seq_lens[first_row:]
+        size = plan.page_size
+        first_token = self.seq_lens - self.lengths
+        first_block, last_block = first_token // size, (self.seq_lens - 1) // size
+        counts = last_block - first_block + 1
+        self._chunk = np.repeat(np.arange(len(counts)), counts)
+        ends = counts.cumsum()
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        self._block = first_block[self._chunk] + within
+        start = np.maximum(self._block * size, first_token[self._chunk])
+        stop = np.minimum((self._block + 1) * size, self.seq_lens[self._chunk])
+        self.block_lengths = stop - start
+        self._offset = start % size
+        self._is_last_of = self._block - last_block[self._chunk]
+        self._lanes = tables.lanes.by_head(first_row + self._chunk)
+        self._bounded: BoolArray = self._lanes.window > 0
+        by_block = self._block[:, None]
+        hidden = self._lanes.hidden(by_block)[..., 0]
+        self.visible: IntArray = stop - hidden * size
+        # A block that is new to this chunk and finds no slot of its own free waits
+        # in scratch: its ring slot is still read by the chunk's earlier queries.
+        new = within > 0
+        self._scratch_index = np.cumsum(new) - 1
+        self._in_scratch = new & ~self._lanes.opens(by_block)[..., 0]
+        self._own = self._own_pages(by_block)[..., 0]
+        scratch = self._scratch_page(self._scratch_index)
+        self._pages = np.where(self._in_scratch, scratch, self._own)
+        self.bounded_tables = self._bounded_tables()
+
+    def row_lengths(self) -> IntArray:
+        """What the lengths of a layer's rows follow from, ``[layers, any]``."""
+        layers = self._plan.num_layers
+        parts = [self._bounded.reshape(layers, -1), self.visible.reshape(layers, -1)]
+        return np.concatenate(parts, axis=1)
+
+    def rows(self, layer: int, head: int) -> tuple[IntArray, IntArray]:
+        """Queries of each of a head's rows, and keys that the row's last one sees."""
+        blocks = self._bounded[layer, head]
+        lengths = [self.block_lengths, self.lengths[self._chunk]]
+        seen = [self.visible[layer, head], self.seq_lens[self._chunk]]
+        is_row = blocks | (self._is_last_of == 0)
+        return np.where(blocks, *lengths)[is_row], np.where(blocks, *seen)[is_row]
+
+    def page_table(self, layer: int, head: int) -> PageArray:
+        """Pages of each of a head's rows, ``[rows, width]``."""
+        bounded = self._bounded[layer, head]
+        rows = self.first_row + self._chunk
+        if not bounded.any():
+            whole: PageArray = self._by_slot[layer, rows[self._is_last_of == 0], head]
+            return whole
+        is_row = bounded | (self._is_last_of == 0)
+        tables: PageArray = self._by_slot[layer, rows[is_row], head]
+        listed = self.bounded_tables[layer, head][bounded]
+        tables[bounded[is_row], : listed.shape[1]] = listed
+        return tables
+
+    def _scratch_page(self, index: IntArray) -> IntArray:
+        """Scratch page of a block, ``[heads, *index.shape]``; pages 1..K are scratch.
+
+        Layers run one after the other and use the same pages.
+        """
+        heads = np.arange(self._plan.num_kv_heads)
+        stride = int(self._scratch_index[-1]) + 1
+        per_head = heads.reshape(-1, *[1] * index.ndim) * stride
+        page: IntArray = 1 + per_head + index
+        return page
+
+    def _own_pages(self, block: IntArray) -> IntArray:
+        """Pages in the requests' own lists, ``[layers, heads, blocks, n]``.
+
+        Args:
+            block: blocks of the request of each touched block.
+        """
+        layers = np.arange(self._plan.num_layers)[:, None, None, None]
+        heads = np.arange(self._plan.num_kv_heads)[None, :, None, None]
+        rows = (self.first_row + self._chunk)[:, None]
+        slot = self._lanes.slot_of(block)
+        pages: PageArray = self._by_slot[layers, rows, heads, slot]
+        return pages.astype(np.int64)
+
+    def _bounded_tables(self) -> PageArray:
+        if not self._bounded.any():
+            return np.zeros((*self._bounded.shape, 0), dtype=np.int32)
+        seen = -(-self.visible // self._plan.page_size)
+        width = int(seen[self._bounded].max())
+        visible = self._lanes.visible(self._block[:, None], width)[..., 0, :]
+        distance = np.where(visible < 0, 0, visible - self._block[:, None])
+        # Listed blocks of this chunk are the touched block `distance` places back.
+        touched = np.arange(len(self._block))[:, None] + distance
+        same_chunk = (touched >= 0) & (
+            self._chunk[np.maximum(touched, 0)] == self._chunk[:, None]
+        )
+        own = self._own_pages(np.maximum(visible, 0))
+        layers = np.arange(visible.shape[0])[:, None, None, None]
+        heads = np.arange(visible.shape[1])[None, :, None, None]
+        written = self._pages[layers, heads, np.maximum(touched, 0)]
+        return np.where(same_chunk & (visible >= 0), written, own).astype(np.int32)
+
+    def slots(self) -> IntArray:
+        """Slot of each prefill token and head, ``[layers, tokens * heads]``."""
+        token_block = np.repeat(np.arange(len(self._block)), self.block_lengths)
+        begin = self.block_lengths.cumsum() - self.block_lengths
+        within = np.arange(len(token_block)) - begin[token_block]
+        offset = self._offset[token_block] + within
+        slots: IntArray
+        slots = self._pages[:, :, token_block] * self._plan.page_size + offset
+        return slots.swapaxes(1, 2).reshape(self._plan.num_layers, -1)
+
+    def copies(self) -> list[tuple[IntArray, IntArray]]:
+        """Scratch pages that survive the chunk and the ring pages they go to."""
+        survives = self._in_scratch & (self._is_last_of > -self._lanes.window)
+        return [
+            (self._pages[layer][survives[layer]], self._own[layer][survives[layer]])
+            for layer in range(self._plan.num_layers)
+        ]

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls that differ between devices, behind one small interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from kvserve.engine.batch.head_major import HeadMajor
+from kvserve.engine.batch.rows import RowShapes
+from kvserve.kernels import native, statistics
+from kvserve.kernels.statistics import CachedRows
+
+PAGE_SIZE = 32
+"""Tokens of a head page: the smallest that vLLM's CPU kernels take."""
+
+
+class Device(Protocol):
+    """Writes head pages and attends to them, row by row.
+
+    A pool is ``[num_pages, 1, page_size, 2 * head_size]``; what lies inside a page is
+    the device's own affair, so everybody else moves whole pages.
+    """
+
+    def plan_rows(self, shapes: RowShapes) -> Any:
+        """Prepare what kernels want to know of rows, once for all alike layers."""
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Store keys and values ``[n, head_size]`` at ``slots [n]``."""
+
+    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Return keys of ``pages``, ``[*pages.shape, page_size, D]``."""
+
+    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Return values of ``pages``, ``[*pages.shape, page_size, D]``."""
+
+    def prepare_statistics(self, pool: torch.Tensor) -> None:
+        """Get the three calls below ready, before the first request."""
+
+    def attention_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As ``kernels.statistics`` says."""
+
+    def add_row_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        cached: CachedRows,
+        scale: float,
+        mass: torch.Tensor,
+    ) -> None:
+        """As ``kernels.statistics`` says, with the keys of ``pool``."""
+
+    def lightest_slots(
+        self,
+        cached: CachedRows,
+        mass: torch.Tensor,
+        position: torch.Tensor,
+        own: torch.Tensor,
+        safe_from: torch.Tensor,
+        by_count: bool,
+    ) -> torch.Tensor:
+        """As ``kernels.statistics`` says."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: Any,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Run causal attention of ``query [tokens, H_q, head_size]`` into ``out``."""
+
+
+@dataclass(frozen=True)
+class HalfLayout:
+    """How one half of a page, its keys or its values, lies in memory.
+
+    Attributes:
+        order: Place of each number, token by token, ``[page_size * head_size]``.
+        is_plain: They lie token by token.
+        is_transposed: They lie dimension by dimension.
+    """
+
+    order: torch.Tensor
+    is_plain: bool
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """A step's rows as a CPU's kernels want them, decode rows first.
+
+    Attributes:
+        decodes: leading rows that follow the tokens and have one query each.
+        seq_lens: keys of each row, ``[rows]``, int32.
+        first: where the queries of each row behind begin, as ``RowShapes.first``.
+        counts: how many they are, int32.
+        stock: what vLLM's kernel wants to know instead, where ours does not serve.
+    """
+
+    decodes: int
+    seq_lens: torch.Tensor
+    first: torch.Tensor
+    counts: torch.Tensor
+    stock: StockRows | None
+
+
+@dataclass(frozen=True)
+class StockRows:
+    """Rows as vLLM's kernel wants them, over queries that are head-major."""
+
+    query_start: torch.Tensor
+    schedule: torch.Tensor
+
+
+class CPUDevice:
+    """Our own kernels, which read pages as vLLM's kernels lay them out on most CPUs.
+
+    On others, for float16, or without a C++ compiler, vLLM's stock kernel serves,
+    called with one KV head.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, group_size: int, head_size: int, page_size: int
+    ) -> None:
+        self._dtype = dtype
+        self._group_size = group_size
+        self._head_size = head_size
+        self._page_size = page_size
+        self._isa = _get_attn_isa(dtype, page_size, head_size, "auto")
+        # Asked for here, so that no request waits for a compiler.
+        self._has_kernels = self._can_attend()
+
+    def plan_rows(self, shapes: RowShapes) -> PlannedRows:
+        seq_lens, decodes = torch.from_numpy(shapes.seq_lens), shapes.num_decodes
+        counts = np.diff(shapes.query_start[decodes:])
+        stock = None
+        if not self._has_kernels:
+            query_start = torch.from_numpy(shapes.query_start)
+            stock = StockRows(query_start, self._schedule(query_start, seq_lens))
+        first = torch.from_numpy(shapes.first[decodes:])
+        return PlannedRows(decodes, seq_lens, first, torch.from_numpy(counts), stock)
+
+    def _can_attend(self) -> bool:
+        """Tell whether our own kernels take these pages."""
+        keys, values = self._layouts
+        known = keys.is_transposed and values.is_plain
+        sizes = self._head_size, self._page_size
+        return known and native.can_attend(self._dtype, *sizes)
+
+    def _schedule(
+        self, query_start: torch.Tensor, seq_lens: torch.Tensor
+    ) -> torch.Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self._group_size,
+            num_kv_heads=1,
+            head_dim=self._head_size,
+            seq_lens=seq_lens,
+            dtype=self._dtype,
+            query_start_loc=query_start,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self._isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        native.check_tokens(key, value, pool, slots)
+        keys, values = _split(pool)
+        ops.cpu_attn_reshape_and_cache(
+            key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
+        )
+
+    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 0)
+
+    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 1)
+
+    def prepare_statistics(self, pool: torch.Tensor) -> None:
+        native.library()
+
+    def attention_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return native.attention_mass(query, key, scale)
+
+    def add_row_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        cached: CachedRows,
+        scale: float,
+        mass: torch.Tensor,
+    ) -> None:
+        if native.library() is None or pool.dtype == torch.float16:
+            keys = self.read_keys(pool, cached.pages())
+            statistics.add_row_attention(query, keys, cached, scale, mass)
+        else:
+            places = self._key_places
+            native.add_row_attention(query, pool, places, cached, scale, mass)
+
+    def lightest_slots(
+        self,
+        cached: CachedRows,
+        mass: torch.Tensor,
+        position: torch.Tensor,
+        own: torch.Tensor,
+        safe_from: torch.Tensor,
+        by_count: bool,
+    ) -> torch.Tensor:
+        return native.lightest_slots(cached, mass, position, own, safe_from, by_count)
+
+    @cached_property
+    def _key_places(self) -> torch.Tensor | None:
+        """Where a page has its keys, ``[head_size, page_size]``, unless just so."""
+        keys = self._layouts[0]
+        by_token = keys.order.view(self._page_size, self._head_size)
+        return None if keys.is_transposed else by_token.T.int().contiguous()
+
+    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
+        content = pool.view(len(pool), 2, -1)[:, half].index_select(0, pages.flatten())
+        size, width = self._page_size, self._head_size
+        layout = self._layouts[half]
+        if layout.is_transposed:
+            return content.view(*pages.shape, width, size).transpose(-1, -2)
+        if not layout.is_plain:
+            content = content[:, layout.order]
+        return content.view(*pages.shape, size, width)
+
+    @cached_property
+    def _layouts(self) -> list[HalfLayout]:
+        """How keys, and values, lie in their half of a page.
+
+        Kernels lay them out as their instructions like them. What they do is found
+        by writing numbered elements, one base-128 digit after the other, since every
+        type holds those exactly.
+        """
+        size, width = self._page_size, self._head_size
+        number = torch.arange(size * width).view(size, width)
+        slots = torch.arange(size)
+        found = torch.zeros(2, size * width, dtype=torch.long)
+        for digit in range(4):
+            pool = torch.zeros(1, 1, size, 2 * width, dtype=self._dtype)
+            element = (number // 128**digit % 128).to(self._dtype)
+            self.write(element, element, pool, slots)
+            found += pool.view(2, -1).long() * 128**digit
+        return [
+            HalfLayout(
+                order=half.argsort(),
+                is_plain=torch.equal(half, number.flatten()),
+                is_transposed=torch.equal(half, number.T.flatten()),
+            )
+            for half in found
+        ]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: Any,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        if rows.stock is not None:
+            self._attend_stock(query, pool, rows, page_table, scale, out)
+            return
+        group, width = self._group_size, self._head_size
+        decodes, lengths = rows.decodes, rows.seq_lens
+        if decodes:
+            tokens = decodes * group // query.shape[1]
+            native.decode_attention(
+                # With one KV head it is a view of what queries, keys and values share.
+                query[:tokens].reshape(-1, group, width).contiguous(),
+                pool,
+                lengths[:decodes],
+                page_table[:decodes],
+                scale,
+                out[:tokens].view(-1, group, width),
+            )
+        if len(rows.counts):
+            native.prefill_attention(
+                query.view(len(query), -1, group, width),
+                pool,
+                rows.first,
+                rows.counts,
+                lengths[decodes:],
+                page_table[decodes:],
+                scale,
+                out.view(len(query), -1, group, width),
+            )
+
+    def _attend_stock(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: PlannedRows,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        assert rows.stock is not None
+        keys, values = _split(pool)
+        order = HeadMajor(rows.decodes, self._group_size)
+        query_rows = order.rows_of(query)
+        output_rows = torch.empty_like(query_rows)
+        ops.cpu_attention_with_kv_cache(
+            query=query_rows,
+            key_cache=keys,
+            value_cache=values,
+            output=output_rows,
+            query_start_loc=rows.stock.query_start,
+            seq_lens=rows.seq_lens,
+            scale=scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=page_table,
+            softcap=0.0,
+            scheduler_metadata=rows.stock.schedule,
+            s_aux=None,
+        )
+        order.put_back(output_rows, out)
+
+
+def _split(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """View a pool as the CPU kernels' key and value halves of each page."""
+    pages, heads, page_size, width = pool.shape
+    keys, values = pool.view(pages, heads, page_size * 2, width // 2).chunk(2, dim=2)
+    return keys, values

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head pages on a GPU: our Triton kernels behind the interface of ``device``.
+
+Nothing here waits for the GPU, and shapes follow from shapes alone, so that CUDA graphs
+can capture a decode step. The statistics of prompts are plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvserve.engine.batch.head_major import HeadMajor
+from kvserve.engine.batch.rows import RowShapes
+from kvserve.engine.devices.uploads import upload
+from kvserve.kernels import statistics, triton_rows
+from kvserve.kernels.page_formats import PageFormat
+from kvserve.kernels.statistics import CachedRows
+
+
+@dataclass(frozen=True)
+class TritonRows:
+    """Rows as the kernels read them.
+
+    Attributes:
+        decodes: leading rows that follow the tokens.
+        query_start: first query of each row, ``[rows + 1]``, int32; those of the rows
+            behind are head-major.
+        seq_lens: keys of each row, ``[rows]``, int32.
+        most_queries: no row has more; 1 means decode alone.
+    """
+
+    decodes: int
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    most_queries: int
+
+
+class TritonDevice:
+    """Writes, reads and attends to pages ``[page_size, 2 * D]``, K before V.
+
+    Args:
+        page_format: what pages hold; ``None``: the model's type.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        group_size: int,
+        page_format: PageFormat | None = None,
+    ) -> None:
+        self.device = device
+        self._group_size = group_size
+        self._format = page_format
+        self._scores: torch.Tensor | None = None
+
+    def plan_rows(self, shapes: RowShapes) -> TritonRows:
+        return TritonRows(
+            shapes.num_decodes,
+            upload(shapes.query_start, self.device),
+            upload(shapes.seq_lens, self.device),
+            int(np.diff(shapes.query_start).max(initial=1)),
+        )
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pool: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        triton_rows.write_rows(key, value, pool, slots, self._format)
+
+    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 0)
+
+    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._read(pool, pages, 1)
+
+    def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
+        if self._format is None:
+            return pool[:, 0].chunk(2, dim=-1)[half][pages]
+        page_size = pool.shape[2]
+        content = pool.view(len(pool), -1).index_select(0, pages.flatten())
+        halves = self._format.halves_of_tokens(content, page_size)
+        tokens = self._format.read(*halves[half])
+        return tokens.view(*pages.shape, page_size, -1)
+
+    def prepare_statistics(self, pool: torch.Tensor) -> None:
+        shape = pool.shape[0], pool.shape[2], self._group_size
+        self._scores = torch.empty(shape, dtype=torch.float32, device=pool.device)
+
+    def attention_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return statistics.attention_mass(query, key, scale)
+
+    def add_row_attention(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        cached: CachedRows,
+        scale: float,
+        mass: torch.Tensor,
+    ) -> None:
+        # The decode kernel knows what tokens drew, but does not say unless asked, and
+        # it was not: some of its rows may be of prompts, which count in another way.
+        assert self._scores is not None, "prepare_statistics comes first"
+        rows = cached.rows
+        chosen = query.index_select(0, rows)
+        triton_rows.row_attention(
+            chosen,
+            pool,
+            torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
+            cached.lengths.index_select(0, rows).int(),
+            cached.narrowed_table().index_select(0, rows),
+            scale,
+            torch.empty_like(chosen),
+            max_query_len=1,
+            mass=triton_rows.Mass(mass, self._scores),
+            page_format=self._format,
+        )
+
+    def lightest_slots(
+        self,
+        cached: CachedRows,
+        mass: torch.Tensor,
+        position: torch.Tensor,
+        own: torch.Tensor,
+        safe_from: torch.Tensor,
+        by_count: bool,
+    ) -> torch.Tensor:
+        token_state = mass, position, own, safe_from
+        return statistics.lightest_slots(cached, *token_state, by_count)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        pool: torch.Tensor,
+        rows: Any,
+        page_table: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        order = HeadMajor(rows.decodes, self._group_size)
+        query_rows = order.rows_of(query)
+        # Rows that follow the tokens are the output seen otherwise.
+        is_decode = rows.decodes == len(rows.seq_lens)
+        out_rows = (
+            out.view(query_rows.shape) if is_decode else torch.empty_like(query_rows)
+        )
+        triton_rows.row_attention(
+            query_rows,
+            pool,
+            rows.query_start,
+            rows.seq_lens,
+            page_table,
+            scale,
+            out_rows,
+            rows.most_queries,
+            page_format=self._format,
+        )
+        if not is_decode:
+            order.put_back(out_rows, out)

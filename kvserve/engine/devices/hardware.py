@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between a CPU and a GPU: kernels, staging, tables.
+
+The GPU's part imports Triton, which a CPU need not have.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from kvserve.engine.batch.dense_tables import DenseTables
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.engine.devices.cpu import CPUDevice, Device
+from kvserve.engine.devices.cpu_converting import ConvertingCPUDevice
+from kvserve.engine.devices.staging import HostStaging, Staging
+from kvserve.engine.spec import HeadPagedSpec
+from kvserve.kernels.page_formats import PageFormat
+
+
+def has_gpu() -> bool:
+    """Tell whether pages lie on a GPU."""
+    return not current_platform.is_cpu()
+
+
+def uses_triton() -> bool:
+    """Tell whose kernels run. Tests let Triton's interpreter run a GPU's on a CPU."""
+    return has_gpu()
+
+
+def takes_fp8() -> bool:
+    """Tell whether kernels can write and read fp8 here: GPUs can since 8.9 (Ada)."""
+    return not has_gpu() or current_platform.has_device_capability(89)
+
+
+def attention_slot() -> AttentionBackendEnum:
+    """Name the backend that ours stands in for while a model loads.
+
+    vLLM's CPU platform asks for one backend alone; CUDA's takes any that is named.
+    """
+    if has_gpu():
+        return AttentionBackendEnum.CUSTOM
+    return AttentionBackendEnum.CPU_ATTN
+
+
+def tables_class() -> type[PageTables]:
+    """Page tables of streaming policies."""
+    if not uses_triton():
+        return PageTables
+    from kvserve.engine.devices.mirror import WatchedTables
+
+    return WatchedTables
+
+
+def dense_tables_class() -> type[DenseTables]:
+    """Page tables of policies with a dense prefill."""
+    if not uses_triton():
+        return DenseTables
+    from kvserve.engine.devices.mirror import WatchedDenseTables
+
+    return WatchedDenseTables
+
+
+def cpu_kernels(
+    page_format: PageFormat | None,
+    dtype: torch.dtype,
+    group_size: int,
+    head_size: int,
+    page_size: int,
+) -> CPUDevice:
+    """Make what writes and reads pages of a format, or of the model's ``dtype``."""
+    shape = dtype, group_size, head_size, page_size
+    if page_format is None:
+        return CPUDevice(*shape)
+    return ConvertingCPUDevice(page_format, *shape)
+
+
+def kernels_and_staging(
+    spec: HeadPagedSpec,
+    page_format: PageFormat | None,
+    dtype: torch.dtype,
+    group_size: int,
+    tables: PageTables,
+    device: torch.device,
+) -> tuple[Device, Staging]:
+    """Make what runs on the device, and what brings a step's rows there.
+
+    Args:
+        page_format: what pages hold; ``None``: the model's ``dtype``.
+        group_size: query heads that share a KV head.
+        tables: made by one of the two classes above.
+    """
+    if not uses_triton():
+        shape = group_size, spec.head_size, spec.block_size
+        kernels = cpu_kernels(page_format, dtype, *shape)
+        return kernels, HostStaging(kernels)
+    from kvserve.engine.devices.gpu import TritonDevice
+    from kvserve.engine.devices.gpu_staging import DeviceStaging
+    from kvserve.engine.devices.mirror import (
+        TableMirror,
+        WatchedDenseTables,
+        WatchedTables,
+    )
+
+    assert isinstance(tables, WatchedTables | WatchedDenseTables)
+    on_gpu = TritonDevice(device, group_size, page_format)
+    mirror = TableMirror(tables, device)
+    return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in vLLM's scheduler process: who holds which page."""

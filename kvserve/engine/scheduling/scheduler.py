@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler, where requests have plans of their own, or share pages."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from kvserve.engine.scheduling.manager import HeadPagedManager
+from kvserve.engine.scheduling.shared_manager import SharedPagedManager
+from kvserve.plan.request_policies import rule_of_request
+
+
+class ElasticScheduler(Scheduler):
+    """Tells what a request's plan follows from before any of its pages are counted.
+
+    That is its prompt, its longest reply and the policy that it names, if it names one.
+    Nothing about scheduling changes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        self._pages = cast(HeadPagedManager, manager)
+
+    def add_request(self, request: Request) -> None:
+        lengths = request.num_prompt_tokens, request.max_tokens
+        named = rule_of_request(self._pages.rule, request.sampling_params, sum(lengths))
+        self._pages.expect(request.request_id, *lengths, named)
+        super().add_request(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._pages.forget(request.request_id)
+
+
+class SharingScheduler(ElasticScheduler):
+    """Keeps what pages are cached under true to what is in them."""
+
+    _pages: SharedPagedManager
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        self._name_plan(request)
+
+    def _name_plan(self, request: Request) -> None:
+        """Make a plan of the request's own part of the hashes of its blocks.
+
+        What a cached token holds follows from all that the layers before have seen.
+        """
+        plan, salt = self._pages.plan_of(request.request_id), request.cache_salt
+        own = "" if plan == self._pages.common_plan else plan.digest
+        if not own and not salt:
+            return
+        # A salt that somebody chose never reads like one of ours.
+        request.cache_salt = f"{own}:{salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # Under --scheduling-policy priority a request may lose its place in the very
+        # step that was to fill its blocks. They have their names since then.
+        self._pages.uncache(request, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What running requests hold, added up from the scheduler's books and the worker's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvserve.engine.scheduling.dense_manager import DensePagedManager
+from kvserve.engine.scheduling.manager import HeadPagedManager
+from kvserve.plan.dense import DensePlan
+from kvserve.plan.lanes import IntArray
+from kvserve.plan.streaming import StreamRule
+
+
+@dataclass(frozen=True)
+class WorkerUsage:
+    """What only a worker knows.
+
+    Attributes:
+        selection_seconds: spent on choosing what survives.
+        compaction_seconds: spent on moving what does.
+        lane_of_head: each head's lane in its layer, ``[num_layers, num_kv_heads]``, of
+            requests whose lanes a dense policy has given out.
+    """
+
+    selection_seconds: float
+    compaction_seconds: float
+    lane_of_head: dict[str, IntArray]
+
+
+def cache_usage(
+    manager: HeadPagedManager,
+    requests: dict[str, Any],
+    workers: Sequence[WorkerUsage],
+) -> dict[str, Any]:
+    """Add up what running requests hold.
+
+    Args:
+        requests: vLLM's requests by name, for the lengths of their prompts.
+        workers: one for each rank, in order.
+
+    Returns:
+        Plain numbers and lists; ``http/cache_report.py`` makes an object of them.
+    """
+    full, ledger, copies = manager.rule.full, manager.ledger, manager.rule.copies
+    by_head = np.zeros((full.num_layers, full.num_kv_heads * copies), dtype=np.int64)
+    # Most requests share a plan; its lanes are worked out once for each length.
+    seen: dict[tuple[int, int], IntArray] = {}
+    totals: dict[str, int] = defaultdict(int)
+    rows = []
+    for name, tokens in ledger.tokens.items():
+        plan = manager.plan_of(name)
+        key = id(plan), tokens
+        if key not in seen:
+            seen[key] = plan.lane_tokens(tokens)
+        lanes = seen[key]
+        by_head += np.hstack(
+            [
+                _of_heads(plan, lanes, tokens, worker.lane_of_head.get(name))
+                for worker in workers[:copies]
+            ]
+        )
+        held, retained = manager.pages_held(name), int(lanes.sum()) * copies
+        reads = _holds_full_cache(manager, name, tokens)
+        totals["pages_full"] += full.pages(tokens)
+        totals["entries_seen"] += tokens * full.num_lanes * copies
+        totals["dense_prefill_pages"] += held if reads else 0
+        rows.append(
+            {
+                "request_id": name,
+                "prompt_tokens": requests[name].num_prompt_tokens,
+                "tokens_seen": tokens,
+                "entries_retained": retained,
+                "pages_held": held,
+                "dense_prefill": reads,
+                "policy": manager.policy_of(name).name,
+            }
+        )
+    retained = int(by_head.sum())
+    return {
+        "page_bytes": manager.kv_cache_spec.page_size_bytes,
+        "pages_full": totals["pages_full"],
+        "dense_prefill_pages": totals["dense_prefill_pages"],
+        "entries_seen": totals["entries_seen"],
+        "entries_retained": by_head.tolist(),
+        "entries_evicted": ledger.evicted(totals["entries_seen"] - retained),
+        "selection_seconds": max(one.selection_seconds for one in workers),
+        "compaction_seconds": max(one.compaction_seconds for one in workers),
+        "requests": rows,
+        "ended": _ended(manager),
+    }
+
+
+def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:
+    """What requests that ended had seen and kept, where policies are mixed."""
+    rule = manager.rule
+    if not isinstance(rule, StreamRule) or not rule.mixed:
+        return None
+    totals = manager.ledger.ended.items()
+    return {policy: dataclasses.asdict(ended) for policy, ended in totals}
+
+
+def _of_heads(
+    plan: Any, lanes: IntArray, tokens: int, lane_of_head: IntArray | None
+) -> IntArray:
+    """Turn tokens of lanes into tokens of heads.
+
+    Lanes of a policy of positions are heads. A dense policy gives its lanes out when
+    the prompt is read; before that, all lanes of a layer are equal.
+    """
+    if lane_of_head is None or not isinstance(plan, DensePlan):
+        return lanes
+    if tokens < plan.prompt_tokens:
+        return lanes
+    heads: IntArray = np.take_along_axis(lanes, lane_of_head, axis=1)
+    return heads
+
+
+def _holds_full_cache(manager: HeadPagedManager, name: str, tokens: int) -> bool:
+    if not isinstance(manager, DensePagedManager):
+        return False
+    return manager.reads_prompt(name, tokens)

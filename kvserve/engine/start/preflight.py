@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks in the front-end process, before any engine process starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.mem_constants import GiB_bytes
+from vllm.utils.torch_utils import get_dtype_size
+
+from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
+from kvserve.engine.start.support import (
+    Rule,
+    check_batch,
+    check_model,
+    fits,
+    model_shape_of,
+    page_format_of,
+    rule_of,
+    scratch_of,
+)
+from kvserve.errors import UserError
+from kvserve.plan.streaming import StreamRule
+from kvserve.units import format_bytes
+from policies.files import digests
+
+
+def check_start(options: Mapping[str, Any]) -> VllmConfig:
+    """Check that an engine with these options can serve its policy.
+
+    Args:
+        options: engine options that name a policy (``options.engine_options``); they
+            learn of the files that were read.
+
+    Returns:
+        The configuration that vLLM makes of the options.
+
+    Raises:
+        UserError: one line on what is wrong and what to do.
+    """
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    known = {name: value for name, value in options.items() if name in fields}
+    try:
+        config = EngineArgs(**known).create_engine_config()
+    except ValidationError as error:
+        problems = "; ".join(str(e["msg"]) for e in error.errors())
+        problems = problems.removeprefix("Value error, ")
+        if "tensor parallel size" in problems:
+            problems = (
+                f"--tensor-parallel-size={options['tensor_parallel_size']}: "
+                f"{problems.removesuffix('.')}; use a number that divides them, or "
+                "--data-parallel-size"
+            )
+        raise UserError(problems) from None
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    check_model(config)
+    page_format_of(config)
+    rule = rule_of(config)
+    check_batch(config, rule)
+    check_pool(config, rule)
+    # For the processes that the engine is yet to start in.
+    options["additional_config"][CONFIG_KEY][FILES] = digests()
+    return config
+
+
+def policy_in_words(config: VllmConfig) -> list[str]:
+    """Say what the policy keeps of this model, a line for each thing to say."""
+    settings, rule = PolicySettings.from_config(config), rule_of(config)
+    lines = [f"{settings.policy}: {rule.describe()}"]
+    if isinstance(rule, StreamRule):
+        lines += filter(None, [rule.policy.remark(rule.model), _on_ranks(rule)])
+        if rule.mixed:
+            lines.append("a request may name a policy of its own (kv_policy)")
+    return lines
+
+
+def _on_ranks(rule: StreamRule) -> str:
+    """Say what it costs that ranks own heads in the model's order."""
+    if rule.ranks == 1:
+        return ""
+    excess = rule.longest.imbalance(rule.max_tokens)
+    return (
+        f"of {rule.ranks} ranks the one that holds most decides: {excess:.2f} times an "
+        f"even share at {rule.max_tokens} tokens"
+    )
+
+
+def page_bytes_of(config: VllmConfig) -> int:
+    """Bytes of one head page: keys, values and scales of one block of one head."""
+    model, page_format = config.model_config, page_format_of(config)
+    tokens = config.cache_config.block_size
+    head_size = model_shape_of(config).head_size
+    if page_format:
+        return tokens * page_format.token_bytes(head_size)
+    return tokens * 2 * head_size * get_dtype_size(cast(torch.dtype, model.dtype))
+
+
+def pool_pages(config: VllmConfig, size: int) -> int:
+    """Pages that requests can have of a pool of ``size`` bytes."""
+    # One page less: vLLM's block 0 is never given out.
+    return size // page_bytes_of(config) - scratch_of(config, rule_of(config)) - 1
+
+
+def what_fits(config: VllmConfig, pool: int) -> str:
+    """Say how many requests of some lengths a pool holds at once, and a full cache.
+
+    Args:
+        pool: pages that requests can have.
+    """
+    rule, longest = rule_of(config), config.model_config.max_model_len
+    full_pool = pool + scratch_of(config, rule)
+    found = [
+        f"{fits(rule, length, pool)} requests of {length} tokens"
+        f" (full cache: {full_pool // rule.full.pages(length)})"
+        for length in (longest // 4, longest)
+    ]
+    size = format_bytes((full_pool + 1) * page_bytes_of(config))
+    return f"{size} hold {', or '.join(found)}"
+
+
+def _pool_bytes(config: VllmConfig) -> int | None:
+    size = config.cache_config.kv_cache_memory_bytes
+    if size is None and envs.VLLM_CPU_KVCACHE_SPACE:
+        size = int(envs.VLLM_CPU_KVCACHE_SPACE * GiB_bytes)
+    return size
+
+
+def check_pool(config: VllmConfig, rule: Rule) -> None:
+    """Refuse a pool that cannot hold one request of the longest length.
+
+    A pool that vLLM sizes itself is checked by the engine process.
+    """
+    size = _pool_bytes(config)
+    if size is None:
+        return
+    length = config.model_config.max_model_len
+    most, why = rule.most_pages(length), "under this policy"
+    if isinstance(rule, StreamRule) and rule.mixed:
+        most = rule.largest.pages(length)
+        why = "under `full`, which --allow-request-policies lets it name"
+    # One page more: vLLM's block 0 is never given out.
+    pages = most + scratch_of(config, rule) + 1
+    needed = pages * page_bytes_of(config)
+    if size < needed:
+        raise UserError(
+            f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "
+            f"needs {needed} bytes ({format_bytes(needed)}) {why}; give more memory or "
+            "lower --max-model-len"
+        )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer over head pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionType,
+)
+
+from kvserve.engine.clock import Clock
+from kvserve.engine.devices.cpu import Device
+
+
+@dataclass
+class HeadPagedMetadata(AttentionMetadata):
+    """One step's rows, on the device.
+
+    Attributes:
+        num_actual_tokens: tokens of the step without padding.
+        num_decode_tokens: leading tokens whose rows follow the tokens.
+        rows: what the device prepared, of each layer ``[num_layers]``.
+        page_tables: of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
+        slots: where keys and values go, ``[num_layers, tokens * H_kv]``.
+        copies: pages to move when a layer is done, ``[num_layers]`` or empty.
+        clock: what choosing and moving cost.
+    """
+
+    num_actual_tokens: int
+    num_decode_tokens: int
+    rows: list[Any]
+    page_tables: torch.Tensor | list[torch.Tensor]
+    slots: torch.Tensor
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
+    clock: Clock
+
+
+class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
+    """Writes keys and values to head pages and attends to them, row by row."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self._num_kv_heads = num_kv_heads or num_heads
+        self._group_size = num_heads // self._num_kv_heads
+        self.has_bias = bool(alibi_slopes or logits_soft_cap or sinks is not None)
+        """Attention that rows do not express; the worker refuses such layers."""
+
+    def bind(self, device: Device, layer_index: int) -> None:
+        """Tell the layer its number and its device, once the cache exists."""
+        self._device = device
+        self._layer_index = layer_index
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: HeadPagedMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write this step's keys and values, attend, settle what survives.
+
+        Args:
+            query: ``[tokens, H_q, D]``; ``key`` and ``value``: ``[tokens, H_kv, D]``.
+            kv_cache: the pool, ``[num_pages, 1, page_size, 2 * D]``.
+            output: ``[tokens, H_q, D]``, written in place.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization over head pages")
+        if attn_metadata is None:  # a profiling run
+            return output
+        meta, this = attn_metadata, self._layer_index
+        tokens, width = meta.num_actual_tokens, self.head_size
+        self._write(
+            key[:tokens].reshape(-1, width),
+            value[:tokens].reshape(-1, width),
+            kv_cache,
+            meta,
+        )
+        self._device.attend(
+            query[:tokens],
+            kv_cache,
+            meta.rows[this],
+            meta.page_tables[this],
+            self.scale,
+            output[:tokens],
+        )
+        if meta.copies and len(meta.copies[this][0]):
+            source, target = meta.copies[this]
+            with meta.clock.compacting():
+                kv_cache[target] = kv_cache[source]
+        self._observe(query[:tokens], kv_cache, meta)
+        return output
+
+    def _write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: HeadPagedMetadata,
+    ) -> None:
+        """Store this step's keys and values, ``[tokens * H_kv, D]``."""
+        slots = meta.slots[self._layer_index]
+        self._device.write(key, value, kv_cache, slots)
+
+    def _observe(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
+    ) -> None:
+        """Look at the step once it is attended to; policies of positions need not."""

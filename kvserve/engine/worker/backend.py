@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend: vLLM's hook for metadata and for the attention itself."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config.cache import CacheDType
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.engine.batch.rows import RowBuilder
+from kvserve.engine.clock import Clock
+from kvserve.engine.devices import hardware
+from kvserve.engine.devices.cpu import PAGE_SIZE
+from kvserve.engine.spec import HeadPagedSpec
+from kvserve.engine.start.support import page_format_of
+from kvserve.engine.worker.attention import HeadPagedAttention, HeadPagedMetadata
+from kvserve.kernels.page_formats import FORMATS
+from kvserve.plan.lanes import IntArray
+from kvserve.plan.streaming import StreamRule
+
+
+class HeadPagedBackend(AttentionBackend):
+    """Stands in for the backend of ``hardware.attention_slot``, and bears its name."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        *cast(list[CacheDType], FORMATS),
+    ]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return hardware.attention_slot().name
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_SIZE)]
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability >= DeviceCapability(8, 0)  # what Triton takes
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @staticmethod
+    def get_impl_cls() -> type[HeadPagedAttention]:
+        return HeadPagedAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        return HeadPagedMetadataBuilder
+
+
+class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
+    """Builds the rows of each step; the worker attaches the batch they come from."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self,
+        kv_cache_spec: HeadPagedSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # One-token requests come first: their rows are a view of the queries.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        one = next(iter(layers.values()))
+        self.clock = Clock()
+        self.tables, self._rows = self._make_tables(vllm_config)
+        self.kernels, self.staging = hardware.kernels_and_staging(
+            kv_cache_spec,
+            page_format_of(vllm_config),
+            cast(torch.dtype, vllm_config.model_config.dtype),
+            one.num_heads // one.num_kv_heads,
+            self.tables,
+            device,
+        )
+        self._input_batch: Any = None
+        # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
+        for index, layer in enumerate(layers.values()):
+            cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
+
+    def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
+        spec = cast(HeadPagedSpec, self.kv_cache_spec)
+        rule = cast(StreamRule, spec.rule)
+        rank = get_tensor_model_parallel_rank()
+        tables = hardware.tables_class()(
+            spec.plan,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            rule if rule.is_elastic else None,
+            rank,
+        )
+        return tables, RowBuilder(spec.plan.by_rank[rank], tables)
+
+    def attach(self, input_batch: Any) -> None:
+        """Name the runner's batch, which holds request ids and their page lists."""
+        self._input_batch = input_batch
+
+    def _requests(self, common: CommonAttentionMetadata) -> list[str]:
+        if self._input_batch is None:  # vLLM profiles CUDA graphs
+            return []
+        requests: list[str] = self._input_batch.req_ids[: common.num_reqs]
+        return requests
+
+    def _page_lists(self) -> PageArray:
+        """Page list of each batch row, ``[rows, pages]``."""
+        lists: PageArray = self._input_batch.block_table[0].get_numpy_array()
+        return lists
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> HeadPagedMetadata:
+        requests = self._requests(common_attn_metadata)
+        return self._build(requests, common_attn_metadata)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> HeadPagedMetadata:
+        # vLLM also replays graphs without a request, beside other ranks that have some.
+        return self._build([], common_attn_metadata)
+
+    def _build(
+        self, requests: list[str], common: CommonAttentionMetadata
+    ) -> HeadPagedMetadata:
+        """Build a step's rows; tokens that no request has are padding."""
+        step = None
+        if requests:
+            query_start, seq_lens = lengths_of(common, len(requests))
+            self.tables.refresh(requests, self._page_lists(), seq_lens)
+            step = self._rows.build(query_start, seq_lens)
+        staged = self.staging.stage(step, common.num_actual_tokens)
+        return HeadPagedMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            num_decode_tokens=staged.num_decode_tokens,
+            rows=staged.rows,
+            page_tables=staged.page_tables,
+            slots=staged.slots,
+            copies=staged.copies,
+            clock=self.clock,
+        )
+
+
+def lengths_of(
+    common: CommonAttentionMetadata, requests: int
+) -> tuple[IntArray, IntArray]:
+    """First token of each request, ``[requests + 1]``, and its tokens when it is done.
+
+    vLLM calls the host's lengths an upper bound; they are exact where nothing is
+    speculated.
+    """
+    seq_lens = common.seq_lens_cpu_upper_bound
+    assert seq_lens is not None, "the model runner fills it in"
+    query_start = common.query_start_loc_cpu[: requests + 1]
+    lengths = seq_lens[:requests]
+    return query_start.numpy().astype(np.int64), lengths.numpy().astype(np.int64)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker hook: one pool for all layers, and the batch for the row builder.
+
+Named to vLLM by ``--worker-cls``. A worker of this class serves a policy; any other
+worker in the same process is stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, cast
+
+from vllm.config import (
+    AttentionConfig,
+    CompilationMode,
+    get_layers_from_vllm_config,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import register_backend
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from kvserve.engine.batch.dense_tables import DenseTables
+from kvserve.engine.devices import hardware
+from kvserve.engine.devices.cpu_operators import fused_gates
+from kvserve.engine.scheduling.usage import WorkerUsage
+from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
+from kvserve.engine.start.options import check_platform
+from kvserve.engine.start.support import (
+    Rule,
+    check_layers,
+    page_format_of,
+    rule_of,
+    scratch_of,
+)
+from kvserve.engine.worker.backend import HeadPagedMetadataBuilder
+from kvserve.engine.worker.compiled_code import let_compiled_code_load
+from kvserve.engine.worker.dense_attention import DensePagedAttention
+from kvserve.engine.worker.dense_backend import DenseMetadataBuilder
+from kvserve.errors import UserError
+from kvserve.kernels.huge_pages import use_huge_pages
+from kvserve.plan.dense import DenseRule
+from kvserve.plan.request_policies import rule_of_request
+from kvserve.start_up import Phase, enter
+
+_STREAMING = "kvserve.engine.worker.backend.HeadPagedBackend"
+_DENSE = "kvserve.engine.worker.dense_backend.DensePagedBackend"
+
+
+@contextmanager
+def _attention_backend(path: str, attention: AttentionConfig) -> Iterator[None]:
+    """Let layers built inside resolve to our backend, and only those."""
+    slot = hardware.attention_slot()
+    asked = attention.backend, attention.backend_per_kind
+    register_backend(slot, path)
+    attention.backend, attention.backend_per_kind = slot, {}
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        slot.clear_override()
+        attention.backend, attention.backend_per_kind = asked
+        selector._cached_get_attn_backend.cache_clear()
+
+
+def _lengths(request: NewRequestData) -> tuple[int, int]:
+    """Tokens of a request's prompt, and of the longest reply it may get."""
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    prompt_tokens = len(ids if ids is not None else cast(Sized, embeds))
+    sampling = request.sampling_params
+    assert sampling is not None, "check_model refuses pooling"
+    return prompt_tokens, sampling.max_tokens or 0
+
+
+def _keep_on_host(block_tables: Any) -> None:
+    """Spare the copies of page lists to the device, where nobody reads them.
+
+    Kernels have tables of their own. vLLM would copy whole rows at every step, and a
+    row has an entry for every head page of the longest request.
+    """
+    block_tables.commit_block_table = lambda _: None
+
+
+class HeadPagedWorker(Worker):
+    """A GPU worker whose KV cache is a pool of head pages under a policy."""
+
+    _builder: HeadPagedMetadataBuilder
+    _rule: Rule
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        enter(Phase.LOADING)
+        check_platform()
+        if self.use_v2_model_runner:
+            raise UserError(
+                "VLLM_USE_V2_MODEL_RUNNER: policies need vLLM's V1 model runner; set 0"
+            )
+        self._rule = rule_of(self.vllm_config)
+        is_dense = isinstance(self._rule, DenseRule)
+        backend = _DENSE if is_dense else _STREAMING
+        with _attention_backend(backend, self.vllm_config.attention_config):
+            super().load_model(*args, **kwargs)
+        layers = self._attention_layers()
+        check_layers(self.vllm_config, layers)
+        first = next(iter(layers))
+        for name, layer in layers.items():
+            if name != first:
+                # Sharing is how layers bind to one tensor and one metadata object.
+                layer.kv_sharing_target_layer_name = first
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        runner = super()._make_model_runner()
+        # The runner asks itself when it profiles CUDA graphs, not the worker.
+        stock = runner.get_kv_cache_spec
+
+        def head_paged() -> dict[str, KVCacheSpec]:
+            return self._head_paged(stock())
+
+        runner.get_kv_cache_spec = head_paged  # type: ignore[method-assign]
+        return runner
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return self._head_paged(super().get_kv_cache_spec())
+
+    def _head_paged(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+        """Replace the first layer's spec, which all layers share, by ours."""
+        first, spec = next(iter(specs.items()))
+        if isinstance(spec, HeadPagedSpec):
+            return specs
+        layer, rule = self._attention_layers()[first], self._rule
+        page: dict[str, Any] = {
+            "rule": rule,
+            "num_scratch_pages": scratch_of(self.vllm_config, rule),
+            "block_size": spec.block_size,
+            "num_kv_heads": 1,
+            "head_size": layer.head_size,
+            "dtype": layer.kv_cache_torch_dtype,
+        }
+        if page_format := page_format_of(self.vllm_config):
+            page["state_content_bytes"] = page_format.token_bytes(layer.head_size)
+        if isinstance(rule, DenseRule):
+            return {first: DensePagedSpec(**page, plan=rule.full)}
+        kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec
+        return {first: kind(**page, plan=rule.largest)}
+
+    def determine_available_memory(self) -> int:
+        enter(Phase.WARMING)
+        return super().determine_available_memory()
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        enter(Phase.OPENING)
+        super().initialize_from_config(kv_cache_config)
+        (group,) = self.model_runner.attn_groups[0]
+        self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
+        self._builder.attach(self.model_runner.input_batch)
+        _keep_on_host(self.model_runner.input_batch.block_table)
+        layers = self._attention_layers().values()
+        use_huge_pages(next(iter(layers)).kv_cache)
+        if isinstance(self._rule, DenseRule):
+            builder = cast(DenseMetadataBuilder, self._builder)
+            state = builder.make_state(next(iter(layers)).kv_cache)
+            for layer in layers:
+                impl = cast(DensePagedAttention, layer.impl)
+                impl.learn(self._rule.policy, self._rule.model, state)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        new = scheduler_output.scheduled_new_reqs
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        tables = self._builder.tables
+        if new or resumed:
+            tables.forget([*(request.req_id for request in new), *resumed])
+        tables.finish(list(scheduler_output.finished_req_ids))
+        for request in new:
+            lengths = _lengths(request)
+            named = rule_of_request(self._rule, request.sampling_params, sum(lengths))
+            tables.expect(request.req_id, *lengths, named)
+        output = super().execute_model(scheduler_output)
+        if isinstance(self._builder, DenseMetadataBuilder):
+            self._builder.settle()
+        return output
+
+    def usage(self) -> WorkerUsage:
+        """Report what only the worker knows; the scheduler process asks for it."""
+        clock, tables = self._builder.clock, self._builder.tables
+        heads = tables.lane_of_head if isinstance(tables, DenseTables) else {}
+        return WorkerUsage(clock.selection, clock.compaction, heads)
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        return get_layers_from_vllm_config(self.vllm_config, Attention)
+
+
+class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
+    """The same on a CPU."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if self.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            with fused_gates():
+                super().load_model(*args, **kwargs)
+        else:
+            let_compiled_code_load()
+            super().load_model(*args, **kwargs)

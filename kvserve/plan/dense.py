@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page plan of policies that select after a dense prefill.
+
+While its prompt is read, a request holds every page of a full cache. When the last
+prompt token has been attended to, each lane's survivors move to the front of its page
+list, lane by lane, and the rest of the list is freed. Generated tokens then open pages
+behind it. All counts follow from the policy's lanes, the prompt's length and the
+number of generated tokens, so scheduler and worker agree without a message; which
+tokens survive, and for which head, only the worker knows.
+
+A page list has three parts, whose entries never change their meaning:
+
+* ``[0, kept)``: the survivors' pages, ``blocks_of(keep)`` of each lane in turn;
+* ``[kept, prompt)``: freed after the prompt, null from then on;
+* ``[prompt, ...)``: pages opened for generated tokens, in the order of opening.
+
+A prompt whose lanes keep everything, and every generated token too, skips all this:
+its list is that of a full cache for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from kvserve.plan.lanes import BoolArray, IntArray
+from kvserve.plan.page_plan import UNBOUNDED, PagePlan
+from policies.base import DensePolicy, Lane, ModelShape
+from policies.files import follows_files
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Pages of a request whose prompt has ``prompt_tokens`` tokens."""
+
+    page_size: int
+    max_tokens: int
+    prompt_tokens: int
+    lanes: tuple[tuple[Lane, ...], ...]
+    full: PagePlan
+
+    @cached_property
+    def keep(self) -> IntArray:
+        """Prompt tokens that each lane keeps, ``[num_layers, num_kv_heads]``."""
+        return self._by_lane(lambda lane: lane.keep)
+
+    @cached_property
+    def capacity(self) -> IntArray:
+        """Tokens that each lane can hold, ``[num_layers, num_kv_heads]``."""
+        return self._by_lane(_capacity)
+
+    @cached_property
+    def ring(self) -> IntArray:
+        """Recycled last tokens of ``ring`` lanes, else 0, by lane."""
+        return self._by_lane(lambda lane: lane.recent if lane.tail == "ring" else 0)
+
+    @cached_property
+    def heavy(self) -> BoolArray:
+        """Lanes whose full slots are recycled by score, by lane."""
+        return self._by_lane(lambda lane: int(lane.tail == "heavy")) > 0
+
+    @cached_property
+    def protected(self) -> IntArray:
+        """Last tokens that are safe from eviction, by lane."""
+        return self._by_lane(lambda lane: lane.recent)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether nothing is ever evicted from this request."""
+        kept = (self.keep == self.prompt_tokens).all()
+        return bool(kept and (self.capacity >= self.max_tokens).all())
+
+    def lane_tokens(self, tokens: int) -> IntArray:
+        """Tokens in each lane once ``tokens`` are computed, by lane."""
+        if tokens < self.prompt_tokens or self.is_whole:
+            return np.full_like(self.keep, tokens)
+        generated = tokens - self.prompt_tokens
+        return np.minimum(self.keep + generated, self.capacity)
+
+    @cached_property
+    def prompt_entries(self) -> int:
+        """Entries of the page list that belong to the prompt."""
+        return self.full.pages(self.prompt_tokens)
+
+    @cached_property
+    def kept_entries(self) -> int:
+        """Leading entries that are not freed after the prompt."""
+        if self.is_whole:
+            return self.prompt_entries
+        return int(self._kept_blocks.sum())
+
+    def entries(self, tokens: int) -> int:
+        """Length of the page list of ``tokens`` tokens, null entries included."""
+        if tokens <= self.prompt_tokens or self.is_whole:
+            return self.full.pages(tokens)
+        blocks = blocks_of_each(self.lane_tokens(tokens), self.page_size)
+        return self.prompt_entries + int((blocks - self._kept_blocks).sum())
+
+    def pages(self, tokens: int) -> int:
+        """Pages held once ``tokens`` are computed and survivors have moved."""
+        freed = self.prompt_entries - self.kept_entries
+        return self.entries(tokens) - (freed if tokens >= self.prompt_tokens else 0)
+
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a request needs on its way to ``tokens`` tokens."""
+        prompt = self.full.pages(min(tokens, self.prompt_tokens))
+        return max(prompt, self.pages(tokens))
+
+    @cached_property
+    def kept_slots(self) -> tuple[IntArray, IntArray]:
+        """Lane and slot, in pages, of each kept entry: two arrays ``[kept]``.
+
+        Lanes are numbered layer by layer.
+        """
+        return _runs(np.zeros_like(self._kept_blocks.ravel()), self._kept_blocks)
+
+    @cached_property
+    def kept_places(self) -> IntArray:
+        """Place of each survivor in the kept pages laid end to end, lane after lane."""
+        keep, blocks = self.keep.ravel(), self._kept_blocks.ravel()
+        lane, within = _runs(np.zeros_like(keep), keep)
+        places: IntArray = (blocks.cumsum() - blocks)[lane] * self.page_size + within
+        return places
+
+    @cached_property
+    def opened_slots(self) -> tuple[IntArray, IntArray]:
+        """Lane and slot of each entry behind the prompt's, as they are opened.
+
+        A lane opens slot ``j`` when it gets its token ``j * page_size + 1``; lanes that
+        open together do so in the order of their numbers.
+        """
+        most = blocks_of_each(self.lane_tokens(self.max_tokens), self.page_size)
+        lane, slot = _runs(self._kept_blocks.ravel(), most)
+        at = slot * self.page_size + 1 - self.keep.ravel()[lane]
+        order = np.argsort(at, kind="stable")
+        return lane[order], slot[order]
+
+    @cached_property
+    def _kept_blocks(self) -> IntArray:
+        return blocks_of_each(self.keep, self.page_size)
+
+    def _by_lane(self, value: Callable[[Lane], int]) -> IntArray:
+        return np.array(
+            [[value(lane) for lane in layer] for layer in self.lanes], dtype=np.int64
+        )
+
+
+def _capacity(lane: Lane) -> int:
+    if lane.tail == "heavy":
+        return lane.limit + 1
+    return max(lane.keep, lane.limit) if lane.tail == "ring" else UNBOUNDED
+
+
+def blocks_of_each(tokens: IntArray, page_size: int) -> IntArray:
+    """:func:`kvserve.plan.page_plan.blocks_of` of each element."""
+    blocks: IntArray = -(-tokens // page_size)
+    return blocks
+
+
+def _runs(first: IntArray, last: IntArray) -> tuple[IntArray, IntArray]:
+    """Count from ``first`` to ``last`` (exclusive) for each lane, lane after lane."""
+    counts = last.ravel() - first
+    lane = np.repeat(np.arange(len(counts)), counts)
+    starts = np.repeat(counts.cumsum() - counts - first, counts)
+    return lane, np.arange(len(lane)) - starts
+
+
+@dataclass(frozen=True)
+class DenseRule:
+    """The plan of every request under a policy: travels inside the KV cache spec.
+
+    Attributes:
+        model: as one rank has it.
+        copies: ranks that each have such heads, and all the same plan.
+    """
+
+    policy: DensePolicy
+    model: ModelShape
+    page_size: int
+    max_tokens: int
+    copies: int = 1
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether requests have plans of their own."""
+        return True
+
+    @property
+    def full(self) -> PagePlan:
+        return _full(self.model, self.page_size)
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a prompt of ``tokens`` tokens leaves behind."""
+        return self.plan(tokens).pages(tokens)
+
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a prompt of ``tokens`` tokens needs while it is read."""
+        return self.full.pages(tokens)
+
+    def describe(self) -> str:
+        """Say in one line what a long and a short prompt leave behind."""
+        lengths = sorted({self.max_tokens // 8 or 1, self.max_tokens})
+        shares = [
+            f"{self.plan(n).keep.sum() / (n * self.full.num_lanes):.0%} of a "
+            f"prompt of {n} tokens"
+            for n in lengths
+        ]
+        return f"keeps {', '.join(shares)} (pages of {self.page_size} tokens)"
+
+    def of_request(self, prompt_tokens: int, reply_tokens: int) -> DensePlan:
+        """Return the plan of a request, which its prompt alone decides."""
+        return self.plan(prompt_tokens)
+
+    def plan(self, prompt_tokens: int) -> DensePlan:
+        """Return the plan of a prompt of this length."""
+        return _plan(self, prompt_tokens)
+
+
+@lru_cache(maxsize=8)
+def _full(model: ModelShape, page_size: int) -> PagePlan:
+    nothing = ((0,) * model.num_kv_heads,) * model.num_layers
+    return PagePlan(page_size, nothing, nothing)
+
+
+@follows_files
+@lru_cache(maxsize=128)
+def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
+    lanes = rule.policy.lanes(rule.model, prompt_tokens)
+    return DensePlan(rule.page_size, rule.max_tokens, prompt_tokens, lanes, rule.full)

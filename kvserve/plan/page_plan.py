@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page plan: how many pages a request holds, and which page holds what.
+
+Everything here is a pure function of the policy's budgets and of token counts. The
+scheduler and the worker each evaluate the same plan, so no message passes between
+them: the scheduler counts pages, the worker knows which entry of a request's page
+list belongs to which head.
+
+A *lane* is the cache of one KV head in one layer. Tokens are grouped in *blocks* of
+``page_size`` tokens at absolute positions, and a page holds one block of one lane.
+``kvserve.plan.lanes`` says which blocks a lane keeps and where each of them lives.
+
+A query in block ``i`` of a bounded lane sees the sink blocks, the lane's shards and
+blocks ``i - w + 1 .. i``, causally. The rule mentions positions alone, so what a
+request computes cannot depend on how its prompt was cut into chunks or on its
+neighbours.
+
+A request's page list grows block by block: when block ``b`` is opened, each lane that
+has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
+slot never changes while the request lives.
+
+Where requests share pages, none is written over: every block opens a page in every
+lane, and pages that no later query sees are given back to the pool between steps. See
+``kvserve.plan.prefix``.
+
+Under tensor parallelism every rank owns some heads of each layer and a pool of its own,
+but all ranks get the same page list. Each numbers its own lanes and uses the list from
+the front, so a list as long as the largest rank needs is right for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kvserve.errors import UserError
+from kvserve.plan.lanes import BoolArray, IntArray, Lanes
+from policies.base import HeadBudget
+
+UNBOUNDED = 1 << 40
+"""Capacity, in tokens, of a lane that never evicts."""
+
+
+def blocks_of(tokens: int, page_size: int) -> int:
+    """Number of blocks that ``tokens`` tokens touch."""
+    return -(-tokens // page_size)
+
+
+_FULL_LANE = (0, 0, 0)
+
+
+def _lane_blocks(
+    head: HeadBudget, page_size: int, max_tokens: int | None
+) -> tuple[int, int, int]:
+    """Sinks and window of one lane in blocks, and a bit for each of its shards."""
+    if head.recent is None or len(head.shards) == head.stride:
+        return _FULL_LANE
+    if head.recent < 1 or (head.sinks < 1 and not head.shards):
+        raise UserError(
+            "--policy: a bounded head keeps at least one sink page and one recent "
+            f"page, not {head.sinks} + {head.recent} tokens"
+        )
+    sinks = blocks_of(head.sinks, page_size)
+    window = blocks_of(head.recent, page_size)
+    if max_tokens is not None and sinks + window >= blocks_of(max_tokens, page_size):
+        return _FULL_LANE
+    return sinks, window, sum(1 << place for place in head.shards)
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """Sinks, window and shards of every lane, in blocks.
+
+    ``sinks`` and ``windows`` have shape ``[num_layers][num_kv_heads]``; a window of 0
+    marks a full lane. ``shards``, of the same shape or empty, has a bit for each block
+    of a turn of ``stride`` that stays for good. Of ``ranks`` ranks each owns as many
+    heads of a layer, in order. Lanes whose pages are shared recycle none. Plans are
+    hashable and travel from the worker to the scheduler inside the KV cache spec.
+    """
+
+    page_size: int
+    sinks: tuple[tuple[int, ...], ...]
+    windows: tuple[tuple[int, ...], ...]
+    stride: int = 1
+    shards: tuple[tuple[int, ...], ...] = ()
+    ranks: int = 1
+    is_shared: bool = False
+
+    @classmethod
+    def from_budgets(
+        cls,
+        budgets: tuple[tuple[HeadBudget, ...], ...],
+        page_size: int,
+        max_tokens: int | None = None,
+        ranks: int = 1,
+        shared: bool = False,
+    ) -> PagePlan:
+        """Round every budget up to whole pages.
+
+        A head whose budget holds ``max_tokens`` tokens, the longest the request may
+        be, never evicts: its lane is a full one. Where there are more ranks than heads,
+        a head has a lane on each of its ranks.
+        """
+        copies = max(1, ranks // len(budgets[0]))
+        lanes = [
+            [
+                _lane_blocks(head, page_size, max_tokens)
+                for head in layer
+                for _ in range(copies)
+            ]
+            for layer in budgets
+        ]
+        sinks, windows, shards = (
+            tuple(tuple(lane[part] for lane in layer) for layer in lanes)
+            for part in range(3)
+        )
+        if not any(map(any, shards)):
+            return cls(page_size, sinks, windows, ranks=ranks, is_shared=shared)
+        strides = {head.stride for layer in budgets for head in layer if head.shards}
+        if len(strides) > 1:
+            raise UserError(f"--policy: heads of different strides {sorted(strides)}")
+        return cls(page_size, sinks, windows, strides.pop(), shards, ranks, shared)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sinks)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.sinks[0])
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def heads_per_rank(self) -> int:
+        return self.num_kv_heads // self.ranks
+
+    @cached_property
+    def by_rank(self) -> tuple[PagePlan, ...]:
+        """The plan of each rank's own heads."""
+        if self.ranks == 1:
+            return (self,)
+        width = self.heads_per_rank
+        return tuple(
+            PagePlan(
+                self.page_size,
+                _columns(self.sinks, first, width),
+                _columns(self.windows, first, width),
+                self.stride,
+                _columns(self.shards, first, width),
+                is_shared=self.is_shared,
+            )
+            for first in range(0, self.num_kv_heads, width)
+        )
+
+    @property
+    def has_bounded_lanes(self) -> bool:
+        return any(map(any, self.windows))
+
+    @cached_property
+    def lanes(self) -> Lanes:
+        """The lanes as arrays ``[num_layers, num_kv_heads]``."""
+        sinks = np.array(self.sinks, dtype=np.int64)
+        # Of Python's whole numbers: int64 has no bit for the 64th place.
+        shards, places = self.shards or self.full.sinks, range(self.stride)
+        stays = np.array(
+            [
+                [[kept >> place & 1 for place in places] for kept in row]
+                for row in shards
+            ],
+            dtype=bool,
+        )
+        windows = np.array(self.windows, dtype=np.int64)
+        return Lanes.make(sinks, windows, stays, recycles=not self.is_shared)
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the plan: what a cached page holds follows from it and the text.
+
+        Hidden states depend on what every layer before has seen.
+        """
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _warm_up(self) -> int:
+        """Blocks after which the lanes open slots in turns of ``stride`` blocks."""
+        lanes = self.lanes
+        bounded = lanes.window > 0
+        turn = self.stride if self.stride > 1 else 0
+        filled = lanes.sinks + lanes.window + turn
+        return int(filled[bounded].max(initial=0))
+
+    @cached_property
+    def _opened(self) -> BoolArray:
+        """Which lanes open a slot with each block, ``[num_lanes, blocks]``.
+
+        One turn behind the warm-up; all later turns repeat it.
+        """
+        blocks = np.arange(self._warm_up + self.stride)
+        opens = np.broadcast_to(
+            self.lanes.opens(blocks),
+            (self.num_layers, self.num_kv_heads, len(blocks)),
+        )
+        return opens.reshape(self.num_lanes, -1)
+
+    @cached_property
+    def _held(self) -> list[int]:
+        """Pages listed when the first ``b`` blocks are open, till the turn's end."""
+        held: list[int] = [0, *self._opened.sum(axis=0).cumsum().tolist()]
+        return held
+
+    @property
+    def _pages_per_turn(self) -> int:
+        return self._held[-1] - self._held[self._warm_up]
+
+    def pages(self, tokens: int, in_flight: int = 1) -> int:
+        """Pages that a request of ``tokens`` tokens holds, over all layers and heads.
+
+        On the rank that holds most. Unless pages are shared, the number never shrinks
+        as tokens are added, and all of the page list is held.
+
+        Args:
+            in_flight: tokens that the last steps added. Until these are done, a
+                request with shared pages holds what the first of them sees.
+        """
+        if not self.is_shared:
+            return self.entries(tokens)
+        last = blocks_of(tokens, self.page_size) - 1
+        # Of chunks that end in the last block, the one that starts first.
+        first = max(0, last * self.page_size + 1 - in_flight) // self.page_size
+        return self.entries(tokens) - self._hidden(first)
+
+    def _hidden(self, block: int) -> int:
+        """Pages that no query in ``block`` or a later one sees, on any rank."""
+        if self.ranks == 1:
+            lanes, query = self.lanes, np.array([block])
+            shape = self.num_layers, self.num_kv_heads, 1
+            return int(np.broadcast_to(lanes.hidden(query), shape).sum())
+        return int((~self.needed(np.arange(block), block)).sum())
+
+    def needed(self, blocks: IntArray, query: int) -> BoolArray:
+        """Which pages queries in block ``query`` or later ones see, on any rank.
+
+        Returns:
+            For each of ``blocks`` and for each place in the order of lanes,
+            ``[len(blocks), num_lanes / ranks]``.
+        """
+        shape = self.num_layers, self.heads_per_rank, len(blocks)
+        seen = np.zeros(shape, dtype=bool)
+        for plan in self.by_rank:
+            seen |= plan.lanes.sees(blocks, query)
+        by_block: BoolArray = seen.reshape(shape[0] * shape[1], len(blocks)).T
+        return by_block
+
+    def entries(self, tokens: int) -> int:
+        """Length of the page list of ``tokens`` tokens, given back entries included.
+
+        On the rank whose list is longest.
+        """
+        if self.ranks > 1:
+            return max(plan.entries(tokens) for plan in self.by_rank)
+        blocks = blocks_of(tokens, self.page_size)
+        turns = max(0, blocks - self._warm_up) // self.stride
+        held = self._held[blocks - turns * self.stride]
+        return held + turns * self._pages_per_turn
+
+    def imbalance(self, tokens: int) -> float:
+        """Pages of the largest rank over the mean of all ranks: 1 is even."""
+        held = [plan.pages(tokens) for plan in self.by_rank]
+        return max(held) * self.ranks / sum(held)
+
+    def lane_tokens(self, tokens: int) -> IntArray:
+        """Tokens that the last of ``tokens`` tokens sees in each lane.
+
+        Returns:
+            ``[num_layers, num_kv_heads]``.
+        """
+        last = np.array([blocks_of(tokens, self.page_size) - 1])
+        hidden = np.broadcast_to(
+            self.lanes.hidden(last)[..., 0], (self.num_layers, self.num_kv_heads)
+        )
+        seen: IntArray = tokens - hidden * self.page_size
+        return seen
+
+    @property
+    def full(self) -> PagePlan:
+        """The plan of the same model that evicts nothing."""
+        nothing = ((0,) * self.num_kv_heads,) * self.num_layers
+        return PagePlan(self.page_size, nothing, nothing, ranks=self.ranks)
+
+    @cached_property
+    def _entry(self) -> IntArray:
+        """List index of what each lane opens, as :attr:`_opened`, else undefined."""
+        counts = self._opened.T.ravel().cumsum()
+        entry: IntArray = counts.reshape(-1, self.num_lanes).T - 1
+        return entry
+
+    def list_index(self, slot: IntArray) -> IntArray:
+        """Index into the request's page list of each lane's ``slot``, on a rank.
+
+        Args:
+            slot: slots that the lanes have opened, ``[num_layers, num_kv_heads, n]``.
+
+        Returns:
+            Indices of the same shape.
+        """
+        assert self.ranks == 1, "each rank numbers its own lanes: use by_rank"
+        turns = np.maximum(slot - self._warm_up, 0) // self.stride
+        first = (slot - turns * self.stride).reshape(self.num_lanes, -1)
+        entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
+        index: IntArray = entry + turns * self._pages_per_turn
+        return index
+
+    def describe(self) -> str:
+        """Say in one line what the lanes keep, in tokens as rounded to pages."""
+        size = self.page_size
+        shards = self.shards or self.full.sinks
+        kinds = Counter(
+            (sinks, window, kept.bit_count())
+            for layer in zip(self.sinks, self.windows, shards, strict=True)
+            for sinks, window, kept in zip(*layer, strict=True)
+        )
+        parts = [
+            f"{count} keep {self._describe_lane(*lane)}"
+            for lane, count in sorted(kinds.items())
+        ]
+        return (
+            f"of {self.num_lanes} KV heads {'; '.join(parts)} (pages of {size} tokens)"
+        )
+
+    def _describe_lane(self, sinks: int, window: int, shards: int) -> str:
+        size = self.page_size
+        if not window:
+            return "everything"
+        if shards:
+            return f"{window * size} recent tokens + {shards} of {self.stride} pages"
+        return f"{sinks * size} sinks + {window * size} recent tokens"
+
+
+def _columns(
+    by_head: tuple[tuple[int, ...], ...], first: int, width: int
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(layer[first : first + width] for layer in by_head)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes the page plan of each request, under a policy of positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from kvserve.errors import UserError
+from kvserve.plan.page_plan import PagePlan
+from policies.base import ModelShape, StreamingPolicy
+from policies.files import follows_files
+
+
+@dataclass(frozen=True)
+class StreamRule:
+    """The plan of every request under a policy of positions.
+
+    Travels inside the KV cache spec. Only under an *elastic* policy do requests of
+    unequal length have unequal plans. ``model`` is the whole model, of whose heads
+    each of ``ranks`` ranks owns some. Where policies are *mixed*, a request may name
+    one of its own; the rule :meth:`under` it makes the request's plan, in turns of
+    ``stride`` blocks as the tables have them. Where requests share pages, ``in_flight``
+    is the most tokens that are scheduled and not yet computed; else it is 0.
+    """
+
+    policy: StreamingPolicy
+    model: ModelShape
+    page_size: int
+    max_tokens: int
+    ranks: int = 1
+    mixed: bool = False
+    stride: int | None = None
+    in_flight: int = 0
+
+    @property
+    def copies(self) -> int:
+        """Ranks that have the lanes of a plan: it names the heads of all of them."""
+        return 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether requests share the pages of a common prefix."""
+        return self.in_flight > 0
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether requests have plans of their own."""
+        return self.mixed or self.policy.capabilities.elastic
+
+    @property
+    def longest(self) -> PagePlan:
+        """The plan of the longest request, which needs most."""
+        return self.plan(self.max_tokens)
+
+    @property
+    def largest(self) -> PagePlan:
+        """The plan that needs most of all that requests may have."""
+        if not self.mixed:
+            return self.longest
+        stride = self.longest.stride
+        return replace(self.full, stride=stride, is_shared=self.is_shared)
+
+    def under(self, policy: StreamingPolicy) -> StreamRule:
+        """Return the rule of requests that name a policy of their own."""
+        return replace(self, policy=policy, stride=self.longest.stride)
+
+    @property
+    def full(self) -> PagePlan:
+        return self.longest.full
+
+    @property
+    def has_bounded_lanes(self) -> bool:
+        return self.is_elastic or self.longest.has_bounded_lanes
+
+    def plan(self, tokens: int) -> PagePlan:
+        """Return the plan of a request that may become ``tokens`` tokens long."""
+        elastic = self.policy.capabilities.elastic
+        return _plan(self, min(tokens, self.max_tokens) if elastic else None)
+
+    def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
+        """Return the plan of a request by its prompt and its longest reply."""
+        return self.plan(prompt_tokens + reply_tokens)
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a request of ``tokens`` tokens, reply included, ends with."""
+        return self.plan(tokens).pages(tokens)
+
+    def most_pages(self, tokens: int) -> int:
+        """Pages that a request needs on its way to ``tokens`` tokens."""
+        return self.plan(tokens).pages(tokens, max(self.in_flight, 1))
+
+    def describe(self) -> str:
+        """Say in one line what the lanes of the longest request keep."""
+        return self.longest.describe()
+
+
+@follows_files
+@lru_cache(maxsize=64)
+def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
+    length = rule.max_tokens if tokens is None else tokens
+    budgets = rule.policy.budgets(rule.model, length)
+    plan = PagePlan.from_budgets(
+        budgets, rule.page_size, length, rule.ranks, rule.is_shared
+    )
+    return plan if rule.stride is None else _in_turns(plan, rule.stride)
+
+
+def _in_turns(plan: PagePlan, stride: int) -> PagePlan:
+    """Count the blocks of a plan without shards in turns of ``stride``."""
+    if plan.stride == stride:
+        return plan
+    if plan.shards:
+        raise UserError(
+            f"--policy: its shards come in turns of {plan.stride} pages, but the "
+            f"server was started for turns of {stride}"
+        )
+    return replace(plan, stride=stride)
+
+
+def scratch_pages(
+    plan: PagePlan | StreamRule, max_tokens: int, max_requests: int
+) -> int:
+    """Pages that one step's prefill may need beside what requests hold.
+
+    A chunk's blocks that would overwrite ring slots still needed by the chunk's own
+    early queries are kept here until attention is done. The area serves one layer at
+    a time. Of a chunk of ``t`` tokens at most ``(t - 1 + page_size - 1) // page_size``
+    blocks are new to it, and a chunk of one token needs none.
+
+    Args:
+        max_tokens: tokens that one step may schedule.
+        max_requests: requests that one step may schedule.
+    """
+    if not plan.has_bounded_lanes or plan.is_shared:
+        return 0
+    chunks = min(max_requests, max_tokens // 2)
+    blocks = max_tokens // plan.page_size + chunks
+    return blocks * plan.full.heads_per_rank

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that watches over its parent ends after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+_PARENT = """
+import multiprocessing, signal, sys, time
+from kvserve.engine.scheduling import orphans
+
+def engine(deaf):
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("runs", flush=True)
+    time.sleep(600)
+
+orphans._GRACE_SECONDS = 1.0
+orphans._stock = orphans._stock_api_server = engine
+if __name__ == "__main__":
+    process = multiprocessing.get_context({method!r}).Process(
+        target=orphans.{target}, args=({deaf},)
+    )
+    process.start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("fork", "run_engine_core"),
+        ("spawn", "run_engine_core"),
+        ("spawn", "run_api_server"),
+    ],
+)
+def test_a_process_ends_with_a_parent_that_is_killed(
+    method: str, target: str, deaf: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    script = tmp_path_factory.mktemp("parent") / "parent.py"
+    script.write_text(_PARENT.format(method=method, target=target, deaf=deaf))
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        try:
+            assert parent.stdout.readline() == b"runs\n"
+            children = psutil.Process(parent.pid).children(recursive=True)
+            assert children
+        finally:
+            parent.kill()
+        _, left = psutil.wait_procs(children, timeout=10)
+        assert left == []
