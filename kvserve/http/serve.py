@@ -28,7 +28,7 @@ from kvserve.engine.start.options import (
     prepare_environment,
     stock_has_no_policies,
 )
-from kvserve.engine.start.preflight import check_start, policy_in_words
+from kvserve.engine.start.preflight import check_start, check_stock, policy_in_words
 from kvserve.errors import UserError
 from kvserve.http.draining import engine_died
 from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
@@ -108,8 +108,10 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     settings = choose_policy(args.policy, args.policy_arg, args.model)
     if args.allow_request_policies:
         _check_request_policies(args, settings)
-    words = ["none: stock vLLM, which keeps every token for every head"]
-    if settings is not None:
+    if settings is None:
+        check_stock(args)
+        words = ["none: stock vLLM, which keeps every token for every head"]
+    else:
         settings = dataclasses.replace(
             settings, allow_request_policies=args.allow_request_policies
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
@@ -10,12 +11,14 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
+from kvserve.engine.start.compiler import check_compiler
 from kvserve.engine.start.support import (
     Rule,
     check_batch,
@@ -66,9 +69,25 @@ def check_start(options: Mapping[str, Any]) -> VllmConfig:
     rule = rule_of(config)
     check_batch(config, rule)
     check_pool(config, rule)
+    _check_compiler(config.compilation_config.mode)
     # For the processes that the engine is yet to start in.
     options["additional_config"][CONFIG_KEY][FILES] = digests()
     return config
+
+
+def check_stock(args: argparse.Namespace) -> None:
+    """Check what stock vLLM would find out late, and say in a traceback.
+
+    Raises:
+        UserError: one line on what is wrong and what to do.
+    """
+    if not (args.enforce_eager or str(args.optimization_level) == "0"):
+        _check_compiler(args.compilation_config.mode)
+
+
+def _check_compiler(mode: CompilationMode | None) -> None:
+    if current_platform.is_cpu() and mode != CompilationMode.NONE:
+        check_compiler()
 
 
 def policy_in_words(config: VllmConfig) -> list[str]:

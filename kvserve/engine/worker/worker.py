@@ -197,7 +197,9 @@ class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
     """The same on a CPU."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        if self.vllm_config.compilation_config.mode == CompilationMode.NONE:
+        eager = self.vllm_config.compilation_config.mode == CompilationMode.NONE
+        allow_compilation(not eager)
+        if eager:
             with fused_gates():
                 super().load_model(*args, **kwargs)
         else:

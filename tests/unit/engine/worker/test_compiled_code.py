@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM asks of compiled code that it loads is there."""
+"""Nothing is compiled unless somebody asks, and then what that needs is there."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
+import pytest
+import torch
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+from torch._inductor import config as inductor
 from vllm.compilation import decorators
+from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 
-from kvserve.engine.worker.compiled_code import let_compiled_code_load
+from kvserve.engine.worker.compiled_code import (
+    allow_compilation,
+    let_compiled_code_load,
+)
 
 
 class Code:
@@ -25,3 +33,22 @@ def test_loaded_code_takes_the_call_that_vllm_ends_loading_with() -> None:
         let_compiled_code_load()
     loaded = BundledAOTAutogradSerializableCallable(Code())
     assert loaded.finalize_loading(None) is None
+
+
+@pytest.fixture(name="no_compiler")
+def _no_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+    allow_compilation(True)
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_ranks_of_log_probabilities_need_no_compiler() -> None:
+    rows, chosen = torch.tensor([[0.1, 0.7, 0.2]]), torch.tensor([[0.2]])
+    allow_compilation(False)
+    assert batched_count_greater_than(rows, chosen).tolist() == [2]
+    allow_compilation(True)
+    with pytest.raises(Exception, match="compiler"):
+        batched_count_greater_than(rows, chosen)
