@@ -3,11 +3,15 @@
 
 When it is told to stop, vLLM shuts its engine down at once, or after
 ``--shutdown-timeout`` seconds, but goes on to accept requests, which then end as
-aborted, and to call itself healthy.
+aborted, and to call itself healthy. Requests that run at that moment may never hear of
+it: they wait for an engine that is gone, and the server for them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import threading
 import time
 from http import HTTPStatus
@@ -23,6 +27,8 @@ engine_died = threading.Event()
 
 _RETRY_SECONDS = 5
 _POLL_SECONDS = 0.05
+_LAST_SECONDS = 3.0
+"""How long each step of an end may take, once what runs is out of time."""
 
 
 class Draining:
@@ -58,26 +64,55 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     await response(scope, receive, send)
 
 
+def drain_before_shutdown(engine_client: Any, state: Any) -> None:
+    """Let running requests finish before vLLM stops its engine; then end the rest.
+
+    vLLM's answer to SIGTERM is to call ``engine_client.shutdown(timeout)`` in a
+    thread. It has no hook there, so this instance gets one.
+
+    Args:
+        state: the app's. Called in its loop.
+    """
+    stop, loop = engine_client.shutdown, asyncio.get_running_loop()
+    gateway: Gateway = state.kvserve
+
+    def shutdown(timeout: float | None = None) -> None:
+        if gateway.draining:
+            stop(timeout=timeout)
+            return
+        if engine_client.errored:
+            engine_died.set()
+        gateway.draining = True
+        deadline = time.monotonic() + (timeout or 0)
+        _wait(engine_client, gateway, deadline)
+        if _may_finish(engine_client, gateway):
+            _abort(engine_client, loop)
+            _wait(engine_client, gateway, time.monotonic() + _LAST_SECONDS)
+        left = max(deadline - time.monotonic(), _LAST_SECONDS)
+        stop(timeout=None if timeout is None else left)
+        # uvicorn would wait for good: for whom nobody answers, or who does not read.
+        if server := getattr(state, "server", None):
+            server.config.timeout_graceful_shutdown = _LAST_SECONDS
+
+    engine_client.shutdown = shutdown
+
+
 def _may_finish(engine_client: Any, gateway: Gateway) -> bool:
     return gateway.active > 0 and not engine_client.errored
 
 
-def drain_before_shutdown(engine_client: Any, gateway: Gateway) -> None:
-    """Let running requests finish before vLLM stops its engine.
+def _wait(engine_client: Any, gateway: Gateway, deadline: float) -> None:
+    while _may_finish(engine_client, gateway) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
-    vLLM's answer to SIGTERM is to call ``engine_client.shutdown(timeout)`` in a
-    thread. It has no hook there, so this instance gets one.
-    """
-    stop = engine_client.shutdown
 
-    def shutdown(timeout: float | None = None) -> None:
-        if engine_client.errored and not gateway.draining:
-            engine_died.set()
-        gateway.draining = True
-        deadline = time.monotonic() + (timeout or 0)
-        while _may_finish(engine_client, gateway) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        left = None if timeout is None else max(deadline - time.monotonic(), 0)
-        stop(timeout=left)
+def _abort(engine_client: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """End what runs: each client gets what there is of its reply."""
 
-    engine_client.shutdown = shutdown
+    async def abort() -> None:
+        running = list(engine_client.output_processor.request_states)
+        await engine_client.abort(running, internal=True)
+
+    told = asyncio.run_coroutine_threadsafe(abort(), loop)
+    with contextlib.suppress(concurrent.futures.TimeoutError):
+        told.result(_LAST_SECONDS)

@@ -73,7 +73,7 @@ class KVEndpoints:
         if config.parallel_config._api_process_rank <= 0:
             sampler.metrics = _metrics_of(gateway, config)
             state.kvserve_metrics = asyncio.create_task(sampler.keep_metrics())
-        drain_before_shutdown(client, gateway)
+        drain_before_shutdown(client, state)
 
 
 def _metrics_of(gateway: Gateway, config: Any) -> KVMetrics:

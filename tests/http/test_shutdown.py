@@ -84,6 +84,27 @@ def check_replies(replies: list[Future[list[str]]]) -> None:
         assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("flags", [(), ("--shutdown-timeout", "2")])
+def test_what_is_not_done_in_time_ends_with_what_there_is(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """vLLM kills the engine, and may wait for good for replies that it owes."""
+    server = Server(tmp_path, *flags)
+    body = completion("Once upon a time", 2000)
+    with ThreadPoolExecutor(RUNNING) as pool, server.client() as client:
+        replies = [
+            pool.submit(client.post, "/v1/completions", json=body)
+            for _ in range(RUNNING)
+        ]
+        time.sleep(3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=12) == 0
+        for reply in replies:
+            assert reply.result().status_code == 200
+            assert reply.result().json()["choices"][0]["finish_reason"] == "abort"
+            assert reply.result().json()["usage"]["completion_tokens"] > 0
+
+
 @pytest.mark.parametrize("api_servers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_nothing_outlives_a_server_that_is_killed(
     tmp_path: Path, api_servers: int

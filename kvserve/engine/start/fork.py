@@ -64,17 +64,28 @@ def _part() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if _listens(int(name)):
+            if _awaits_peers(int(name)):
                 # Not closed: its number would be taken, and closed by the old owner.
                 os.dup2(nothing, int(name))
     os.close(nothing)
 
 
-def _listens(descriptor: int) -> bool:
+def _awaits_peers(descriptor: int) -> bool:
+    """Tell whether it is a server's socket: it has a name, and nobody at the other end.
+
+    The server binds its own before there is an engine, and listens after.
+    """
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     with socket.socket(fileno=os.dup(descriptor)) as found:
-        return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if found.type != socket.SOCK_STREAM:
+            return False
+        try:
+            found.getpeername()
+        except OSError:
+            name = found.getsockname()
+            return bool(name[1] if isinstance(name, tuple) else name)
+        return False
 
 
 def threads_left_behind() -> list[str]:

@@ -39,7 +39,10 @@ from kvserve.engine.start.support import (
     scratch_of,
 )
 from kvserve.engine.worker.backend import HeadPagedMetadataBuilder
-from kvserve.engine.worker.compiled_code import let_compiled_code_load
+from kvserve.engine.worker.compiled_code import (
+    allow_compilation,
+    let_compiled_code_load,
+)
 from kvserve.engine.worker.dense_attention import DensePagedAttention
 from kvserve.engine.worker.dense_backend import DenseMetadataBuilder
 from kvserve.errors import UserError

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import re
 import threading
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,45 +171,90 @@ class TestDraining:
         assert client.get("/look").status_code == 200
 
     def test_the_engine_stops_when_the_last_request_is_answered(self) -> None:
-        gateway = Gateway(HttpSettings(1, None, False), active=1)
-        stopped: list[float | None] = []
-        engine = SimpleNamespace(
-            errored=False, shutdown=lambda timeout=None: stopped.append(timeout)
-        )
-        drain_before_shutdown(engine, gateway)
-        thread = threading.Thread(target=engine.shutdown, kwargs={"timeout": 30})
-        thread.start()
-        time.sleep(0.3)
-        assert gateway.draining
-        assert not stopped
-        gateway.active = 0
-        thread.join(timeout=5)
-        assert 25 < (stopped[0] or 0) < 30
+        engine = DrainedEngine(active=1)
 
-    def test_it_does_not_wait_longer_than_it_may(self) -> None:
-        gateway = Gateway(HttpSettings(1, None, False), active=1)
-        stopped: list[float | None] = []
-        engine = SimpleNamespace(
-            errored=False, shutdown=lambda timeout=None: stopped.append(timeout)
-        )
-        drain_before_shutdown(engine, gateway)
-        engine.shutdown(timeout=0)
+        async def stop() -> None:
+            ended = engine.drain(timeout=30)
+            await asyncio.sleep(0.3)
+            assert engine.state.kvserve.draining
+            assert not engine.stopped
+            engine.state.kvserve.active = 0
+            await asyncio.wait_for(ended, 5)
+
+        asyncio.run(stop())
+        assert 25 < (engine.stopped[0] or 0) < 30
+        assert engine.aborted == []
+
+    def test_what_is_out_of_time_gets_what_there_is_of_its_reply(self) -> None:
+        engine = DrainedEngine(active=1)
+
+        async def stop() -> None:
+            await asyncio.wait_for(engine.drain(timeout=0), 5)
+
+        asyncio.run(stop())
+        assert engine.aborted == ["r-1", "r-2"]
+        assert engine.state.kvserve.active == 0
+        # Time to end in good order, though what ran had none.
+        assert engine.stopped == [draining._LAST_SECONDS]
+        assert engine.state.server.config.timeout_graceful_shutdown == 3
+        engine.shutdown(timeout=30)
         engine.shutdown()
-        assert stopped == [0, None]
+        assert engine.stopped[1:] == [30, None]
+
+    def test_a_request_that_never_ends_does_not_keep_a_server(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(draining, "_LAST_SECONDS", 0.2)
+        engine = DrainedEngine(active=1, answers=False)
+
+        async def stop() -> None:
+            await asyncio.wait_for(engine.drain(timeout=0), 5)
+
+        asyncio.run(stop())
+        assert engine.stopped == [0.2]
 
     def test_an_engine_that_died_is_remembered(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(draining, "engine_died", threading.Event())
-        gateway = Gateway(HttpSettings(1, None, False), active=1)
-        stopped: list[float | None] = []
-        engine = SimpleNamespace(
-            errored=True, shutdown=lambda timeout=None: stopped.append(timeout)
-        )
-        drain_before_shutdown(engine, gateway)
-        engine.shutdown(timeout=30)
+        engine = DrainedEngine(active=1, errored=True)
+
+        async def stop() -> None:
+            await asyncio.wait_for(engine.drain(timeout=30), 5)
+
+        asyncio.run(stop())
         assert draining.engine_died.is_set()
-        assert stopped  # without waiting for a request that cannot end
+        assert engine.stopped  # without waiting for a request that cannot end
+        assert engine.aborted == []
+
+
+class DrainedEngine:
+    """Stands in for vLLM's client of an engine, in an app that answers ``active``."""
+
+    def __init__(
+        self, active: int, errored: bool = False, answers: bool = True
+    ) -> None:
+        gateway = Gateway(HttpSettings(1, None, False), active=active)
+        server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
+        self.state = SimpleNamespace(kvserve=gateway, server=server)
+        self.output_processor = SimpleNamespace(request_states={"r-1": 0, "r-2": 0})
+        self.errored, self._answers = errored, answers
+        self.stopped: list[float | None] = []
+        self.aborted: list[str] = []
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.stopped.append(timeout)
+
+    async def abort(self, requests: list[str], internal: bool) -> None:
+        assert internal
+        self.aborted += requests
+        self.state.kvserve.active *= not self._answers
+
+    def drain(self, timeout: float) -> asyncio.Future[None]:
+        """Stop it as vLLM does on SIGTERM."""
+        drain_before_shutdown(self, self.state)
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(None, partial(self.shutdown, timeout=timeout))
 
 
 class TestRequestIds:

@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from kvserve.engine.start.fork import _listens
+from kvserve.engine.start.fork import _awaits_peers
 
 PROGRAM = """
 import json, os, signal, socket, threading, time
@@ -119,5 +120,19 @@ def test_a_fork_does_not_listen_for_its_server(found: Any) -> None:
 def test_sockets_that_talk_are_kept() -> None:
     one, other = socket.socketpair()
     with one, other, socket.create_server(("127.0.0.1", 0)) as server:
-        assert not _listens(one.fileno())
-        assert _listens(server.fileno())
+        assert not _awaits_peers(one.fileno())
+        assert _awaits_peers(server.fileno())
+        with socket.create_connection(server.getsockname()) as client:
+            assert not _awaits_peers(client.fileno())
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
+def test_a_socket_that_is_yet_to_listen_is_let_go(
+    family: socket.AddressFamily, tmp_path: Path
+) -> None:
+    """As vLLM's server has it while its engine starts."""
+    names = {socket.AF_INET: ("127.0.0.1", 0), socket.AF_INET6: ("::1", 0)}
+    with socket.socket(family) as server:
+        assert not _awaits_peers(server.fileno())
+        server.bind(names.get(family, str(tmp_path / "socket")))
+        assert _awaits_peers(server.fileno())
