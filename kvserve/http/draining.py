@@ -29,6 +29,8 @@ _RETRY_SECONDS = 5
 _POLL_SECONDS = 0.05
 _LAST_SECONDS = 3.0
 """How long each step of an end may take, once what runs is out of time."""
+END_SECONDS = 10
+"""Whoever kills what does not stop should wait so much longer than the timeout."""
 
 
 class Draining:
