@@ -99,6 +99,13 @@ class DensePlan:
         blocks = blocks_of_each(self.lane_tokens(tokens), self.page_size)
         return self.prompt_entries + int((blocks - self._kept_blocks).sum())
 
+    def given_back(self, entries: int, tokens: int) -> BoolArray:
+        """Tell which entries of a page list are free once ``tokens`` are computed."""
+        freed = np.zeros(entries, dtype=bool)
+        if tokens >= self.prompt_tokens:
+            freed[self.kept_entries : self.prompt_entries] = True
+        return freed
+
     def pages(self, tokens: int) -> int:
         """Pages held once ``tokens`` are computed and survivors have moved."""
         freed = self.prompt_entries - self.kept_entries
@@ -187,6 +194,11 @@ class DenseRule:
     def is_elastic(self) -> bool:
         """Whether requests have plans of their own."""
         return True
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens that a step adds at most once something can be given back."""
+        return 1
 
     @property
     def full(self) -> PagePlan:

@@ -258,6 +258,18 @@ class PagePlan:
         by_block: BoolArray = seen.reshape(shape[0] * shape[1], len(blocks)).T
         return by_block
 
+    def given_back(self, entries: int, tokens: int) -> BoolArray:
+        """Tell which entries of a page list no query after ``tokens`` tokens sees.
+
+        Only pages that are shared are given back one by one.
+        """
+        if not self.is_shared:
+            return np.zeros(entries, dtype=bool)
+        width = self.num_layers * self.heads_per_rank
+        blocks = np.arange(entries // width)
+        hidden: BoolArray = ~self.needed(blocks, tokens // self.page_size).ravel()
+        return hidden
+
     def entries(self, tokens: int) -> int:
         """Length of the page list of ``tokens`` tokens, given back entries included.
 

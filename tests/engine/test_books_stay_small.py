@@ -92,7 +92,7 @@ def policy(number: int) -> str:
 def objects(server: Server) -> int:
     """Count what is alive beside caches, which have bounds."""
     assert server.pages.reset_prefix_cache()
-    index = server.manager._index
+    index = server.manager.index
     assert len(index) <= 1024
     index._most_records = 0
     index._sweep()

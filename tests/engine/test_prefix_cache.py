@@ -45,7 +45,7 @@ class AuditedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._audit = PoolAudit(engine.manager)
+        self._audit = PoolAudit(engine.manager, engine.scheduler.requests)
         self._written: set[int] = set()
         rows = engine.builder._rows
         build = rows.build

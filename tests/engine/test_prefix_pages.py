@@ -130,7 +130,8 @@ class Server:
         self.manager = make_manager(rule, num_pages)
         (pages,) = self.manager.coordinator.single_type_managers
         self.pages = cast(SharedPagedManager, pages)
-        self.audit = PoolAudit(self.pages)
+        self.requests: dict[str, Request] = {}
+        self.audit = PoolAudit(self.pages, self.requests)
         self.workers = [Worker(plan, rank) for rank in range(plan.ranks)]
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(plan.page_size, sha256)
@@ -154,6 +155,7 @@ class Server:
         self.texts[request.request_id] = list(prompt)
         self.final[request.request_id] = len(prompt) + reply
         self.waiting.append(request)
+        self.requests[request.request_id] = request
         return request
 
     def step(self) -> None:
@@ -177,7 +179,7 @@ class Server:
     def abort(self, request: Request) -> None:
         request.status = RequestStatus.FINISHED_ABORTED
         (self.running if request in self.running else self.waiting).remove(request)
-        self.manager.free(request)
+        self._free(request)
 
     def _schedule(self) -> tuple[dict[str, int], list[str]]:
         lengths: dict[str, int] = {}
@@ -287,7 +289,11 @@ class Server:
             if request.num_tokens >= self.final[name]:
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
                 self.running.remove(request)
-                self.manager.free(request)
+                self._free(request)
+
+    def _free(self, request: Request) -> None:
+        self.manager.free(request)
+        del self.requests[request.request_id]
 
 
 def random_texts(rng: Random) -> Iterator[list[int]]:

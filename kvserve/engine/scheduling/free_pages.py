@@ -14,6 +14,10 @@ class FreePages(FreeKVCacheBlockQueue):
     goes on: it serves nobody but a prompt that parts from the request's just there, and
     a long prompt leaves many times more of them than its cached lanes hold.
 
+    Attributes:
+        passed: the shorter queue.
+        passed_ids: of its pages.
+
     Args:
         queue: the pool's queue so far, whose pages this one takes over.
     """
@@ -23,13 +27,13 @@ class FreePages(FreeKVCacheBlockQueue):
         self.num_free_blocks = queue.num_free_blocks
         self.fake_free_list_head = queue.fake_free_list_head
         self.fake_free_list_tail = queue.fake_free_list_tail
-        self._passed = FreeKVCacheBlockQueue([])
-        self._passed_ids: set[int] = set()
+        self.passed = FreeKVCacheBlockQueue([])
+        self.passed_ids: set[int] = set()
 
     def append_passed(self, pages: list[KVCacheBlock]) -> None:
         """Put passed pages behind those that passed before."""
-        self._passed.append_n(pages)
-        self._passed_ids.update(page.block_id for page in pages)
+        self.passed.append_n(pages)
+        self.passed_ids.update(page.block_id for page in pages)
         self.num_free_blocks += len(pages)
 
     def popleft(self) -> KVCacheBlock:
@@ -37,25 +41,25 @@ class FreePages(FreeKVCacheBlockQueue):
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
         assert n <= self.num_free_blocks
-        if not self._passed_ids:
+        if not self.passed_ids:
             return super().popleft_n(n)
         found = super().popleft_n(self._unnamed(n))
-        passed = self._passed.popleft_n(min(n - len(found), len(self._passed_ids)))
-        self._passed_ids.difference_update(page.block_id for page in passed)
+        passed = self.passed.popleft_n(min(n - len(found), len(self.passed_ids)))
+        self.passed_ids.difference_update(page.block_id for page in passed)
         self.num_free_blocks -= len(passed)
         found += passed
         return found + super().popleft_n(n - len(found))
 
     def remove(self, block: KVCacheBlock) -> None:
-        if block.block_id in self._passed_ids:
-            self._passed_ids.remove(block.block_id)
-            self._passed.remove(block)
+        if block.block_id in self.passed_ids:
+            self.passed_ids.remove(block.block_id)
+            self.passed.remove(block)
             self.num_free_blocks -= 1
         else:
             super().remove(block)
 
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        return super().get_all_free_blocks() + self._passed.get_all_free_blocks()
+        return super().get_all_free_blocks() + self.passed.get_all_free_blocks()
 
     def _unnamed(self, most: int) -> int:
         """Count the pages without a name at the front, up to ``most``."""

@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from kvserve.engine.scheduling.prefix_index import PrefixIndex
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.plan.dense import DensePlan
 from kvserve.plan.ledger import Ledger
@@ -28,7 +29,13 @@ class HeadPagedManager(SingleTypeKVCacheManager):
 
     Where requests have plans of their own, the scheduler tells lengths by
     :meth:`expect`.
+
+    Attributes:
+        index: finds cached pages, where requests share them.
+        num_scratch_pages: pages behind the null page that no request is given.
     """
+
+    index: PrefixIndex | None = None
 
     def __init__(
         self, kv_cache_spec: HeadPagedSpec, block_pool: BlockPool, **kwargs: Any
@@ -47,6 +54,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         if [block.block_id for block in scratch] != expected:
             raise RuntimeError("scratch pages must be the first blocks of the pool")
         block_pool.num_gpu_blocks -= len(scratch)
+        self.num_scratch_pages = len(scratch)
 
     def expect(
         self,

@@ -9,7 +9,7 @@ again or is reset, so a record needs no notice: a page without its key is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm.v1.core.kv_cache_utils import (
@@ -62,6 +62,11 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def records(self) -> Mapping[BlockHash, CachedBlock]:
+        """Records by hash, of which some may be gone."""
+        return self._records
 
     def insert(
         self,

@@ -31,6 +31,7 @@ class SharedPagedManager(HeadPagedManager):
     """
 
     rule: StreamRule
+    index: PrefixIndex
 
     def __init__(
         self, kv_cache_spec: SharedPagedSpec, block_pool: BlockPool, **kwargs: Any
@@ -38,7 +39,7 @@ class SharedPagedManager(HeadPagedManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self._free_pages = FreePages(block_pool.free_block_queue)
         block_pool.free_block_queue = self._free_pages
-        self._index = PrefixIndex(self._null_block, self.kv_cache_group_id)
+        self.index = PrefixIndex(self._null_block, self.kv_cache_group_id)
         # Pages by which some request has started, till the pool gives them out again.
         self._proven: set[int] = set()
         # Where a request parts from what is cached, by the last look-up and by name.
@@ -82,7 +83,7 @@ class SharedPagedManager(HeadPagedManager):
 
         The plan is part of the hashes where requests have plans of their own.
         """
-        found, blocks, self._junction = self._index.longest_hit(
+        found, blocks, self._junction = self.index.longest_hit(
             block_hashes, max_length // self.block_size
         )
         return (found,), blocks * self.block_size
@@ -165,7 +166,7 @@ class SharedPagedManager(HeadPagedManager):
         for block in range(first, last):
             pages = held[block * needs.width : (block + 1) * needs.width]
             tokens = (block + 1) * self.block_size
-            self._index.insert(request.block_hashes[block], pages, tokens, needs)
+            self.index.insert(request.block_hashes[block], pages, tokens, needs)
         self.num_cached_block[name] = last
 
     def uncache(self, request: Request, num_tokens: int) -> None:
@@ -175,7 +176,7 @@ class SharedPagedManager(HeadPagedManager):
         needs, held = self.needs_of(name), self.req_to_blocks.get(name, [])
         for block in range(first, self.num_cached_block.get(name, 0)):
             pages = held[block * needs.width : (block + 1) * needs.width]
-            self._index.forget(request.block_hashes[block], pages)
+            self.index.forget(request.block_hashes[block], pages)
 
     def remove_skipped_blocks(
         self,
