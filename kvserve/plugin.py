@@ -15,17 +15,15 @@ def register() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvserve.engine.devices import cpu_operators
-    from kvserve.engine.scheduling.dense_manager import DensePagedManager
     from kvserve.engine.scheduling.manager import HeadPagedManager
     from kvserve.engine.scheduling.orphans import watch_over_parents
     from kvserve.engine.scheduling.report import add_utilities
     from kvserve.engine.scheduling.shared_manager import SharedPagedManager
-    from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
+    from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadPagedSpec, HeadPagedManager)
     KVCacheSpecRegistry.register(SharedPagedSpec, SharedPagedManager)
-    KVCacheSpecRegistry.register(DensePagedSpec, DensePagedManager)
     add_utilities()
     watch_over_parents()
     if current_platform.is_cpu():

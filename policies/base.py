@@ -126,15 +126,15 @@ class Policy(ABC):
         for field in dataclasses.fields(self):
             _check_range(self.name, field, getattr(self, field.name))
 
-
-@dataclass(frozen=True)
-class StreamingPolicy(Policy):
-    """A policy that decides by position alone."""
-
     @property
     def page_size(self) -> int | None:
         """Tokens of a page, for a policy that thinks in blocks of its own."""
         return None
+
+
+@dataclass(frozen=True)
+class StreamingPolicy(Policy):
+    """A policy that decides by position alone."""
 
     def remark(self, model: ModelShape) -> str:
         """Say, when the server starts, what its user should know; may be empty."""

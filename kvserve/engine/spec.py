@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kvserve.plan.dense import DenseRule
 from kvserve.plan.page_plan import PagePlan
-from kvserve.plan.streaming import StreamRule
+from kvserve.plan.rule import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class HeadPagedSpec(AttentionSpec):
     """
 
     plan: PagePlan
-    rule: StreamRule | DenseRule
+    rule: Rule
     num_scratch_pages: int
 
     @property
@@ -44,7 +43,7 @@ class HeadPagedSpec(AttentionSpec):
         return (pages + self.num_scratch_pages) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        return self.plan.entries(max_len)
+        return self.rule.most_entries(max_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +54,6 @@ class SharedPagedSpec(HeadPagedSpec):
     blocks stay till they are done.
     """
 
-    rule: StreamRule
-
     @property
     def prefix_cacheable(self) -> bool:
         return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class DensePagedSpec(HeadPagedSpec):
-    """Head pages of a policy that selects after a dense prefill.
-
-    ``plan`` is that of a full cache, which a request holds while it reads its prompt.
-    """
-
-    rule: DenseRule
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        # Lanes open pages at different times: each may hold one more than the plan.
-        return self.plan.pages(max_len) + self.plan.num_lanes

@@ -23,8 +23,6 @@ from kvserve.engine.start.support import (
     scratch_of,
 )
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
-from kvserve.plan.dense import DenseRule
-from kvserve.plan.streaming import StreamRule
 from policies.base import Policy
 from policies.files import read_bytes
 from policies.registry import changed_arguments
@@ -74,7 +72,7 @@ class ServedPolicy:
             scratch_pages=scratch_of(self._config, self.rule),
             budgets=self._budgets(context),
             profiles=self._profiles,
-            request_policies=isinstance(self.rule, StreamRule) and self.rule.mixed,
+            request_policies=self.rule.mixed,
         )
 
     def plan(self, context: int, pool: int) -> PlanBody:
@@ -105,17 +103,16 @@ class ServedPolicy:
         rule = self.rule
         lanes = rule.plan(context).lane_tokens(context)
         retained = np.tile(lanes, rule.copies).tolist()
-        if isinstance(rule, DenseRule):
+        bounds = rule.plan(context).bounds()
+        if bounds is None:
             return Budgets(context=context, rows="lanes", retained=retained)
-        size, stream = rule.page_size, rule.plan(context)
+        sinks, windows = bounds
         return Budgets(
             context=context,
             rows="heads",
             retained=retained,
-            sinks=[[count * size for count in layer] for layer in stream.sinks],
-            recent=[
-                [count * size or None for count in layer] for layer in stream.windows
-            ],
+            sinks=sinks.tolist(),
+            recent=[[window or None for window in layer] for layer in windows.tolist()],
         )
 
     @cached_property

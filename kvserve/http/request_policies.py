@@ -45,16 +45,15 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             check_forced(params, model_config)
         except UserError as error:
             raise _refused(str(error), FORCED) from None
+        if said_in(params, POLICY) is not None:
+            known = isinstance(prompt, dict)
+            length = extract_prompt_len(model_config, prompt) if known else None
+            try:
+                guard.admit(params, length)
+            except UserError as error:
+                raise _refused(str(error)) from None
         if remark := guard.remark(params):
             notice(remark)
-        if said_in(params, POLICY) is None:
-            return
-        known = isinstance(prompt, dict)
-        length = extract_prompt_len(model_config, prompt) if known else None
-        try:
-            guard.admit(params, length)
-        except UserError as error:
-            raise _refused(str(error)) from None
 
     engine_client.generate = _checked_before(engine_client.generate, check)
     responses = getattr(state, "openai_serving_responses", None)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,11 +37,30 @@ from policies.files import follows_files
 class DensePlan:
     """Pages of a request whose prompt has ``prompt_tokens`` tokens."""
 
-    page_size: int
-    max_tokens: int
+    rule: DenseRule
     prompt_tokens: int
     lanes: tuple[tuple[Lane, ...], ...]
-    full: PagePlan
+
+    @property
+    def page_size(self) -> int:
+        return self.rule.page_size
+
+    @property
+    def full(self) -> PagePlan:
+        return self.rule.full
+
+    @property
+    def reading(self) -> PagePlan:
+        """By which the page list grows while the prompt is read."""
+        return self.full
+
+    def of_rank(self, rank: int) -> DensePlan:
+        """The plan of a rank's own heads: all have the same."""
+        return self
+
+    @property
+    def digest(self) -> str:
+        raise AssertionError("pages of prompts that are selected from are not shared")
 
     @cached_property
     def keep(self) -> IntArray:
@@ -71,7 +91,7 @@ class DensePlan:
     def is_whole(self) -> bool:
         """Whether nothing is ever evicted from this request."""
         kept = (self.keep == self.prompt_tokens).all()
-        return bool(kept and (self.capacity >= self.max_tokens).all())
+        return bool(kept and (self.capacity >= self.rule.max_tokens).all())
 
     def lane_tokens(self, tokens: int) -> IntArray:
         """Tokens in each lane once ``tokens`` are computed, by lane."""
@@ -99,22 +119,49 @@ class DensePlan:
         blocks = blocks_of_each(self.lane_tokens(tokens), self.page_size)
         return self.prompt_entries + int((blocks - self._kept_blocks).sum())
 
-    def given_back(self, entries: int, tokens: int) -> BoolArray:
-        """Tell which entries of a page list are free once ``tokens`` are computed."""
-        freed = np.zeros(entries, dtype=bool)
-        if tokens >= self.prompt_tokens:
-            freed[self.kept_entries : self.prompt_entries] = True
-        return freed
-
     def pages(self, tokens: int) -> int:
         """Pages held once ``tokens`` are computed and survivors have moved."""
         freed = self.prompt_entries - self.kept_entries
         return self.entries(tokens) - (freed if tokens >= self.prompt_tokens else 0)
 
-    def most_pages(self, tokens: int) -> int:
+    def most_pages(self, tokens: int, in_flight: int = 1) -> int:
         """Pages that a request needs on its way to ``tokens`` tokens."""
         prompt = self.full.pages(min(tokens, self.prompt_tokens))
         return max(prompt, self.pages(tokens))
+
+    def given_back(self, before: int, now: int) -> IntArray:
+        """List entries that are freed once the prompt is read, the last first."""
+        if self.is_whole or not before < self.prompt_tokens <= now:
+            return np.zeros(0, dtype=np.int64)
+        return np.arange(self.kept_entries, self.prompt_entries)[::-1]
+
+    def owed(self, entries: int) -> int:
+        """Pages that the prompt is still to take: it gives none back before its end."""
+        return max(self.prompt_entries - entries, 0)
+
+    def is_reading(self, tokens: int) -> bool:
+        """Whether a request of ``tokens`` tokens holds a full cache for now."""
+        return tokens <= self.prompt_tokens and not self.is_whole
+
+    def chunk(self, start: int, new_tokens: int) -> int:
+        """How many of ``new_tokens`` to compute now; 0 waits for a larger budget.
+
+        A chunk ends with the prompt, and the last one holds all that is observed. A
+        preempted request reads its own output again token by token, as it did the
+        first time, so that what it keeps does not depend on having been preempted.
+
+        Args:
+            start: tokens computed so far.
+        """
+        if start >= self.prompt_tokens:
+            return min(new_tokens, 1)
+        if start + new_tokens >= self.prompt_tokens:
+            return self.prompt_tokens - start
+        latest = max(self.prompt_tokens - self.rule.observed, start)
+        return min(new_tokens, latest - start)
+
+    def bounds(self) -> None:
+        """Content decides, not positions."""
 
     @cached_property
     def kept_slots(self) -> tuple[IntArray, IntArray]:
@@ -139,7 +186,7 @@ class DensePlan:
         A lane opens slot ``j`` when it gets its token ``j * page_size + 1``; lanes that
         open together do so in the order of their numbers.
         """
-        most = blocks_of_each(self.lane_tokens(self.max_tokens), self.page_size)
+        most = blocks_of_each(self.lane_tokens(self.rule.max_tokens), self.page_size)
         lane, slot = _runs(self._kept_blocks.ravel(), most)
         at = slot * self.page_size + 1 - self.keep.ravel()[lane]
         order = np.argsort(at, kind="stable")
@@ -189,6 +236,11 @@ class DenseRule:
     page_size: int
     max_tokens: int
     copies: int = 1
+    mixed: ClassVar = False
+    is_shared: ClassVar = False
+    in_flight: ClassVar = 0
+    has_bounded_lanes: ClassVar = False
+    may_select: ClassVar = True
 
     @property
     def is_elastic(self) -> bool:
@@ -196,13 +248,22 @@ class DenseRule:
         return True
 
     @property
-    def in_flight(self) -> int:
-        """Tokens that a step adds at most once something can be given back."""
-        return 1
+    def observed(self) -> int:
+        return self.policy.observation_window
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the policy asks for the attention that tokens draw."""
+        return "attention mass" in self.policy.capabilities.statistics
 
     @property
     def full(self) -> PagePlan:
         return _full(self.model, self.page_size)
+
+    @property
+    def largest(self) -> PagePlan:
+        """That of a full cache, which a request holds while it reads its prompt."""
+        return self.full
 
     def pages(self, tokens: int) -> int:
         """Pages that a prompt of ``tokens`` tokens leaves behind."""
@@ -211,6 +272,20 @@ class DenseRule:
     def most_pages(self, tokens: int) -> int:
         """Pages that a prompt of ``tokens`` tokens needs while it is read."""
         return self.full.pages(tokens)
+
+    def most_entries(self, tokens: int) -> int:
+        """The longest page list of any request of ``tokens`` tokens.
+
+        Lanes open pages at different times: each may hold one more than the plan.
+        """
+        return self.full.pages(tokens) + self.full.num_lanes
+
+    def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
+        """None: while a prompt is read nothing is written over."""
+        return 0
+
+    def remarks(self) -> list[str]:
+        return []
 
     def describe(self) -> str:
         """Say in one line what a long and a short prompt leave behind."""
@@ -241,4 +316,4 @@ def _full(model: ModelShape, page_size: int) -> PagePlan:
 @lru_cache(maxsize=128)
 def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
     lanes = rule.policy.lanes(rule.model, prompt_tokens)
-    return DensePlan(rule.page_size, rule.max_tokens, prompt_tokens, lanes, rule.full)
+    return DensePlan(rule, prompt_tokens, lanes)

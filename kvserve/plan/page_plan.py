@@ -51,6 +51,7 @@ def blocks_of(tokens: int, page_size: int) -> int:
 
 
 _FULL_LANE = (0, 0, 0)
+_NOTHING: IntArray = np.zeros(0, dtype=np.int64)
 
 
 def _lane_blocks(
@@ -236,6 +237,58 @@ class PagePlan:
         first = max(0, last * self.page_size + 1 - in_flight) // self.page_size
         return self.entries(tokens) - self._hidden(first)
 
+    @property
+    def reading(self) -> PagePlan:
+        """By which the page list grows while the prompt is read: for good."""
+        return self
+
+    def of_rank(self, rank: int) -> PagePlan:
+        """The plan of a rank's own heads."""
+        return self.by_rank[rank]
+
+    def most_pages(self, tokens: int, in_flight: int = 1) -> int:
+        """As :meth:`pages`: what a request needs on its way is no more."""
+        return self.pages(tokens, in_flight)
+
+    def given_back(self, before: int, now: int) -> IntArray:
+        """List entries that queries saw when ``before`` tokens were computed, no more.
+
+        Where pages are not shared, blocks recycle theirs and none is given back.
+
+        Returns:
+            Indices, the last first: the first that a pool should give out again.
+        """
+        before, now = before // self.page_size, now // self.page_size
+        first = max(before + 1 - self.longest_window, 0)
+        if not self.is_shared or now == before or first >= now:
+            return _NOTHING
+        blocks = np.arange(first, now)
+        left = self.needed(blocks, before) & ~self.needed(blocks, now)
+        entries: IntArray = np.flatnonzero(left)[::-1] + first * left.shape[1]
+        return entries
+
+    @cached_property
+    def longest_window(self) -> int:
+        """Blocks that the longest window of any rank holds."""
+        return max(max(layer) for layer in self.windows)
+
+    def owed(self, entries: int) -> int:
+        """None: a request gives back as it reads."""
+        return 0
+
+    def is_reading(self, tokens: int) -> bool:
+        """Never: what leaves a lane's window is gone while the prompt is read."""
+        return False
+
+    def chunk(self, start: int, new_tokens: int) -> int:
+        """All of them: chunks change nothing."""
+        return new_tokens
+
+    def bounds(self) -> tuple[IntArray, IntArray]:
+        """Sinks and window of each lane, in tokens; a window of 0 keeps everything."""
+        size = self.page_size
+        return np.array(self.sinks) * size, np.array(self.windows) * size
+
     def _hidden(self, block: int) -> int:
         """Pages that no query in ``block`` or a later one sees, on any rank."""
         if self.ranks == 1:
@@ -257,18 +310,6 @@ class PagePlan:
             seen |= plan.lanes.sees(blocks, query)
         by_block: BoolArray = seen.reshape(shape[0] * shape[1], len(blocks)).T
         return by_block
-
-    def given_back(self, entries: int, tokens: int) -> BoolArray:
-        """Tell which entries of a page list no query after ``tokens`` tokens sees.
-
-        Only pages that are shared are given back one by one.
-        """
-        if not self.is_shared:
-            return np.zeros(entries, dtype=bool)
-        width = self.num_layers * self.heads_per_rank
-        blocks = np.arange(entries // width)
-        hidden: BoolArray = ~self.needed(blocks, tokens // self.page_size).ravel()
-        return hidden
 
     def entries(self, tokens: int) -> int:
         """Length of the page list of ``tokens`` tokens, given back entries included.

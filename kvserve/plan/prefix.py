@@ -24,7 +24,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvserve.plan.lanes import IntArray
 from kvserve.plan.page_plan import PagePlan
 
 _FOREVER = 1 << 40
@@ -45,7 +44,7 @@ class PrefixPages:
         self.width = plan.num_layers * plan.heads_per_rank
         ranks = plan.by_rank
         windows = np.max([rank.lanes.window for rank in ranks], axis=0).ravel()
-        self.window = int(windows.max())
+        self.window = plan.longest_window
         self._reaching = [
             np.flatnonzero(windows > distance).tolist()
             for distance in range(self.window)
@@ -70,17 +69,3 @@ class PrefixPages:
         """Places of lanes whose window reaches ``distance`` blocks back."""
         places: list[int] = self._reaching[distance] if distance < self.window else []
         return places
-
-    def given_back(self, before: int, now: int) -> IntArray:
-        """List entries that queries in block ``before`` saw, but none from ``now`` on.
-
-        Returns:
-            Indices into the page list, later blocks first: they are the first that a
-            pool should give out again.
-        """
-        blocks = np.arange(max(before + 1 - self.window, 0), now)
-        if not len(blocks):
-            return blocks
-        left = self._plan.needed(blocks, before) & ~self._plan.needed(blocks, now)
-        entries: IntArray = np.flatnonzero(left)[::-1] + int(blocks[0]) * self.width
-        return entries

@@ -18,9 +18,8 @@ from typing import Any, get_args, get_type_hints
 
 from kvserve.errors import UserError
 from kvserve.extra_args import POLICY, said_in
-from kvserve.plan.dense import DenseRule
-from kvserve.plan.streaming import StreamRule
-from policies.base import StreamingPolicy
+from kvserve.plan.rule import MixedRule, Rule
+from policies.base import Policy
 from policies.budgets import PolicySpec, split_policy
 from policies.files import follows_files
 from policies.registry import available_policies, create_policy, parse_arguments
@@ -29,7 +28,7 @@ _LONGEST_TEXT = 200
 _NUMBERS = {int, float, bool, NoneType}
 
 
-def rule_named(rule: StreamRule, text: object, tokens: int) -> StreamRule:
+def rule_named(rule: MixedRule, text: object, tokens: int) -> Rule:
     """Return the rule of a request that names a policy.
 
     Args:
@@ -58,9 +57,7 @@ def rule_named(rule: StreamRule, text: object, tokens: int) -> StreamRule:
     return named
 
 
-def rule_of_request(
-    rule: StreamRule | DenseRule, params: Any, tokens: int
-) -> StreamRule | None:
+def rule_of_request(rule: Rule, params: Any, tokens: int) -> Rule | None:
     """Return the rule under the policy that a request names, if it names one.
 
     Args:
@@ -68,13 +65,13 @@ def rule_of_request(
         params: the request's sampling parameters.
         tokens: what the request may reach, prompt and longest reply.
     """
-    if not isinstance(rule, StreamRule) or not rule.mixed:
+    if not isinstance(rule, MixedRule):
         return None
     text = said_in(params, POLICY)
     return None if text is None else rule_named(rule, text, tokens)
 
 
-def without_budget(rule: StreamRule, text: str, tokens: int) -> str:
+def without_budget(rule: MixedRule, text: str, tokens: int) -> str:
     """Write parameters for the budget that a request names.
 
     What is left follows from the text alone, so that nobody who reads it later can take
@@ -103,9 +100,10 @@ def without_budget(rule: StreamRule, text: str, tokens: int) -> str:
 def _parse(text: str) -> PolicySpec:
     """Read a policy, without looking at any file."""
     name, pairs = split_policy(text)
-    cls = _streaming_policies().get(name)
-    if cls is None:
-        raise _not_to_be_named(name)
+    known = available_policies()
+    if name not in known:
+        raise UserError(f"{name!r}: is no policy; name one of {', '.join(known)}")
+    cls = known[name]
     hints = _hints(cls)
     for key in parse_arguments(pairs):
         if key in hints and not _is_number(hints[key]):
@@ -118,20 +116,19 @@ def _parse(text: str) -> PolicySpec:
 
 @follows_files
 @lru_cache(maxsize=256)
-def _under(rule: StreamRule, spec: PolicySpec, length: int | None) -> StreamRule:
+def _under(rule: MixedRule, spec: PolicySpec, length: int | None) -> Rule:
     """Make the rule of a policy; ``length`` is of a request that names a budget."""
-    kept = _of_server(rule.policy, _streaming_policies()[spec.name])
+    kept = _of_server(rule.policy, available_policies()[spec.name])
     arguments: dict[str, Any] = {**kept, **dict(spec.own)}
     if length is not None:
         whole = dataclasses.replace(spec, own=tuple(arguments.items()))
         arguments = whole.arguments(length, rule.model)
     policy = create_policy(spec.name, arguments)
-    assert isinstance(policy, StreamingPolicy)
     _check(rule, policy)
     return rule.under(policy)
 
 
-def _of_server(policy: StreamingPolicy, cls: type[StreamingPolicy]) -> dict[str, Any]:
+def _of_server(policy: Policy, cls: type[Policy]) -> dict[str, Any]:
     """What the server was started with and a request cannot set."""
     if type(policy) is not cls:
         return {}
@@ -139,7 +136,7 @@ def _of_server(policy: StreamingPolicy, cls: type[StreamingPolicy]) -> dict[str,
     return {key: getattr(policy, key) for key in fixed}
 
 
-def _check(rule: StreamRule, policy: StreamingPolicy) -> None:
+def _check(rule: MixedRule, policy: Policy) -> None:
     """Refuse what cannot share tables and ranks with the server's policy."""
     if policy.page_size not in (None, rule.page_size):
         raise UserError(
@@ -153,27 +150,8 @@ def _check(rule: StreamRule, policy: StreamingPolicy) -> None:
         )
 
 
-def _not_to_be_named(name: str) -> UserError:
-    known = ", ".join(_streaming_policies())
-    if name in available_policies():
-        return UserError(
-            f"{name}: chooses by attention once it has read the whole prompt, and "
-            "--allow-request-policies mixes policies of positions alone; name one of "
-            f"{known}, or ask a server that was started with --policy {name}"
-        )
-    return UserError(f"{name!r}: is no policy; name one of {known}")
-
-
-def _streaming_policies() -> dict[str, type[StreamingPolicy]]:
-    return {
-        name: cls
-        for name, cls in available_policies().items()
-        if issubclass(cls, StreamingPolicy)
-    }
-
-
 @lru_cache(maxsize=64)
-def _hints(cls: type[StreamingPolicy]) -> dict[str, Any]:
+def _hints(cls: type[Policy]) -> dict[str, Any]:
     """The type of each parameter."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

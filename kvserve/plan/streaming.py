@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from kvserve.errors import UserError
 from kvserve.plan.page_plan import PagePlan
@@ -18,10 +19,9 @@ class StreamRule:
 
     Travels inside the KV cache spec. Only under an *elastic* policy do requests of
     unequal length have unequal plans. ``model`` is the whole model, of whose heads
-    each of ``ranks`` ranks owns some. Where policies are *mixed*, a request may name
-    one of its own; the rule :meth:`under` it makes the request's plan, in turns of
-    ``stride`` blocks as the tables have them. Where requests share pages, ``in_flight``
-    is the most tokens that are scheduled and not yet computed; else it is 0.
+    each of ``ranks`` ranks owns some. Blocks are counted in turns of ``stride``, if the
+    tables of a server have it so. Where requests share pages, ``in_flight`` is the most
+    tokens that are scheduled and not yet computed; else it is 0.
     """
 
     policy: StreamingPolicy
@@ -29,9 +29,12 @@ class StreamRule:
     page_size: int
     max_tokens: int
     ranks: int = 1
-    mixed: bool = False
     stride: int | None = None
     in_flight: int = 0
+    mixed: ClassVar = False
+    may_select: ClassVar = False
+    weighs: ClassVar = False
+    observed: ClassVar = 0
 
     @property
     def copies(self) -> int:
@@ -46,7 +49,7 @@ class StreamRule:
     @property
     def is_elastic(self) -> bool:
         """Whether requests have plans of their own."""
-        return self.mixed or self.policy.capabilities.elastic
+        return self.policy.capabilities.elastic
 
     @property
     def longest(self) -> PagePlan:
@@ -56,14 +59,7 @@ class StreamRule:
     @property
     def largest(self) -> PagePlan:
         """The plan that needs most of all that requests may have."""
-        if not self.mixed:
-            return self.longest
-        stride = self.longest.stride
-        return replace(self.full, stride=stride, is_shared=self.is_shared)
-
-    def under(self, policy: StreamingPolicy) -> StreamRule:
-        """Return the rule of requests that name a policy of their own."""
-        return replace(self, policy=policy, stride=self.longest.stride)
+        return self.longest
 
     @property
     def full(self) -> PagePlan:
@@ -90,9 +86,32 @@ class StreamRule:
         """Pages that a request needs on its way to ``tokens`` tokens."""
         return self.plan(tokens).pages(tokens, max(self.in_flight, 1))
 
+    def most_entries(self, tokens: int) -> int:
+        """The longest page list of any request of ``tokens`` tokens."""
+        return self.largest.entries(tokens)
+
+    def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
+        bounded = self.has_bounded_lanes
+        return scratch_pages(self.longest, max_tokens, max_requests, bounded)
+
     def describe(self) -> str:
         """Say in one line what the lanes of the longest request keep."""
         return self.longest.describe()
+
+    def remarks(self) -> list[str]:
+        """What else a user should know when the server starts."""
+        found = [self.policy.remark(self.model), self._imbalance()]
+        return [line for line in found if line]
+
+    def _imbalance(self) -> str:
+        """Say what it costs that ranks own heads in the model's order."""
+        if self.ranks == 1:
+            return ""
+        excess = self.longest.imbalance(self.max_tokens)
+        return (
+            f"of {self.ranks} ranks the one that holds most decides: {excess:.2f} "
+            f"times an even share at {self.max_tokens} tokens"
+        )
 
 
 @follows_files
@@ -119,7 +138,7 @@ def _in_turns(plan: PagePlan, stride: int) -> PagePlan:
 
 
 def scratch_pages(
-    plan: PagePlan | StreamRule, max_tokens: int, max_requests: int
+    plan: PagePlan, max_tokens: int, max_requests: int, bounded: bool | None = None
 ) -> int:
     """Pages that one step's prefill may need beside what requests hold.
 
@@ -131,9 +150,11 @@ def scratch_pages(
     Args:
         max_tokens: tokens that one step may schedule.
         max_requests: requests that one step may schedule.
+        bounded: whether requests have bounded lanes, where they have other plans.
     """
-    if not plan.has_bounded_lanes or plan.is_shared:
+    bounded = plan.has_bounded_lanes if bounded is None else bounded
+    if not bounded or plan.is_shared:
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks
-    return blocks * plan.full.heads_per_rank
+    return blocks * plan.heads_per_rank

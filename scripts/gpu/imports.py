@@ -45,7 +45,7 @@ MODULES = (
     "kvserve.engine.worker.worker",
     "kvserve.engine.start.llm",
     "kvserve.evaluation.engine",
-    "kvserve.engine.worker.dense_backend",
+    "kvserve.engine.worker.selection",
     "kvserve.engine.devices.gpu_staging",
     "kvserve.engine.devices.gpu",
     "kvserve.plugin",

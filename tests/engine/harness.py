@@ -130,17 +130,18 @@ class Engine:
 
         Positions are ``[num_layers][num_kv_heads]``, as the last step left them.
         """
-        tables, state = self.builder.tables, self.builder._state
+        tables, state = self.builder.tables, self.builder._selector.state
+        settled = tables.settled
         found = {}
         for row, name in enumerate(tables._requests):
             request = self.scheduler.requests.get(name)
-            if request is None or not tables.is_settled(name):
+            if request is None or name not in settled.lane_of_head:
                 continue
             tokens = request.num_computed_tokens
             if tokens <= request.num_prompt_tokens:
                 continue
-            held = tokens - tables.dropped[:, row]
-            lanes = held.clip(max=tables.capacity[:, row])
+            held = tokens - settled.dropped[:, row]
+            lanes = held.clip(max=settled.capacity[:, row])
             found[name] = (
                 tokens,
                 [

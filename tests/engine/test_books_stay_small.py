@@ -20,6 +20,7 @@ from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 from kvserve.engine.spec import SharedPagedSpec
 from kvserve.engine.start.admission import PolicyGuard
 from kvserve.plan.request_policies import rule_of_request
+from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from kvserve.plugin import register
 from policies.base import ModelShape
@@ -40,8 +41,8 @@ class Server:
     def __init__(self) -> None:
         register()
         init_none_hash(sha256)
-        self.rule = StreamRule(
-            Full(), MODEL, PAGE, MAX_TOKENS, mixed=True, in_flight=512
+        self.rule = MixedRule(
+            StreamRule(Full(), MODEL, PAGE, MAX_TOKENS, in_flight=512)
         )
         self.guard = PolicyGuard(self.rule, MAX_TOKENS, POOL)
         spec = SharedPagedSpec(

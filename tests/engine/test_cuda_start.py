@@ -24,13 +24,19 @@ from kvserve.engine.settings import PolicySettings
 from kvserve.engine.start import options
 from kvserve.engine.start.options import EXPERIMENTAL_CUDA, engine_options
 from kvserve.engine.worker.backend import HeadPagedBackend, HeadPagedMetadataBuilder
-from kvserve.engine.worker.dense_backend import DenseMetadataBuilder
 from kvserve.engine.worker.worker import _attention_backend
 from kvserve.errors import UserError
+from kvserve.plan.dense import DenseRule
+from kvserve.plan.rule import MixedRule
+from kvserve.plan.streaming import StreamRule
+from policies.base import ModelShape
+from policies.full import Full
+from policies.h2o import H2O
 
 pytestmark = pytest.mark.engine
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+MODEL = ModelShape("any", 2, 4, 2, 64, 1024)
 
 
 def _pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +125,17 @@ def test_the_cuda_platform_takes_our_backend_while_a_model_loads(
 
 
 def test_graphs_replay_decode_steps_of_policies_of_positions_alone() -> None:
-    for builder, expected in (
-        (HeadPagedMetadataBuilder, CUDAGraphMode.FULL_AND_PIECEWISE),
-        (DenseMetadataBuilder, CUDAGraphMode.PIECEWISE),
+    positions = StreamRule(Full(), MODEL, 32, 1024)
+    for rule, expected in (
+        (positions, CUDAGraphMode.FULL_AND_PIECEWISE),
+        (DenseRule(H2O(), MODEL, 32, 1024), CUDAGraphMode.PIECEWISE),
+        (MixedRule(positions), CUDAGraphMode.PIECEWISE),
     ):
+        spec: Any = SimpleNamespace(rule=rule)
+        support = HeadPagedMetadataBuilder.get_cudagraph_support(None, spec)
         compilation = CompilationConfig(
             mode=3, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
         )
         compilation.set_splitting_ops_for_v1("naive", 1)
-        support = builder._cudagraph_support
         found = compilation.resolve_cudagraph_mode_and_sizes(support, "ours")
         assert found == expected

@@ -143,7 +143,7 @@ def test_samples_and_prompts_of_a_request_share_its_policy(mixed: Server) -> Non
 
 BAD: list[tuple[object, str]] = [
     ("nothing", "is no policy; name one of full"),
-    ("snapkv", "--allow-request-policies mixes policies of positions"),
+    ("snapkv:window=0", "window=0: must be between 1 and 512"),
     ("sink-recent:recent=0", "recent=0: must be at least 1"),
     ("sink-recent:resent=64", "no such argument"),
     ("retrieval:profile=/etc/passwd", "a request sets numbers and switches"),

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvserve.engine.batch.settled import SettledRows
+from kvserve.plan.dense import DensePlan
 from kvserve.plan.lanes import IntArray, Lanes
 from kvserve.plan.page_plan import PagePlan, blocks_of
-from kvserve.plan.streaming import StreamRule
+from kvserve.plan.rule import RequestPlan, Rule
 
 PageArray = npt.NDArray[np.int32]
 
@@ -27,11 +29,14 @@ class PageTables:
         by_slot: page of each slot, ``[num_layers, rows, num_kv_heads, width]``.
         ordered: pages in the order in which a decode row reads them, the open page
             last, same shape. Without bounded lanes it is ``by_slot`` itself.
-        open_page: page being filled, ``[num_layers, rows, num_kv_heads]``.
+        open_page: page being filled, ``[num_layers, rows, num_kv_heads]``; of settled
+            rows ``settled`` tells.
+        settled: rows whose lanes have lengths of their own.
+        changed: rows whose pages have changed, until somebody clears it.
 
     Args:
-        plan: of every request, unless there is a rule.
-        rule: of a policy under which requests have plans of their own.
+        plan: of every request, unless there is a rule; of them all, in shape.
+        rule: under which requests have plans of their own.
         rank: whose heads these are, among the plan's ranks.
     """
 
@@ -40,10 +45,10 @@ class PageTables:
         plan: PagePlan,
         max_requests: int,
         max_tokens: int,
-        rule: StreamRule | None = None,
+        rule: Rule | None = None,
         rank: int = 0,
     ) -> None:
-        plan = plan.by_rank[rank]
+        plan = plan.of_rank(rank)
         self._plan, self._rule, self._rank = plan, rule, rank
         width = blocks_of(max_tokens, plan.page_size)
         shape = (plan.num_layers, max_requests, plan.num_kv_heads, width)
@@ -53,7 +58,9 @@ class PageTables:
         if (rule or plan).has_bounded_lanes:
             self.ordered = np.zeros(shape, dtype=np.int32)
         self.open_page: PageArray = np.zeros(shape[:3], dtype=np.int32)
-        self._plans: dict[str, PagePlan] = {}
+        self.settled = SettledRows(shape[:3], plan.page_size)
+        self.changed: set[int] = set()
+        self._plans: dict[str, RequestPlan] = {}
         self._requests: list[str] = []
         self._blocks: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._restarted: set[str] = set()
@@ -63,7 +70,7 @@ class PageTables:
         request_id: str,
         prompt_tokens: int,
         reply_tokens: int,
-        named: StreamRule | None = None,
+        named: Rule | None = None,
     ) -> None:
         """Note a new request: its prompt, and the longest reply it may get.
 
@@ -73,12 +80,26 @@ class PageTables:
         rule = named or self._rule
         if rule is not None:
             plan = rule.of_request(prompt_tokens, reply_tokens)
-            self._plans[request_id] = plan.by_rank[self._rank]
+            self._plans[request_id] = plan.of_rank(self._rank)
+
+    def plan_of(self, request_id: str) -> RequestPlan:
+        """Return the plan of a request, on this rank."""
+        return self._plan if self._rule is None else self._plans[request_id]
+
+    def settle(self, request_id: str, plan: DensePlan, lane_of_head: IntArray) -> None:
+        """Note that the survivors of a request have moved.
+
+        Args:
+            lane_of_head: each head's lane in its layer, ``[num_layers, num_kv_heads]``.
+        """
+        self.settled.add(request_id, plan, lane_of_head)
+        self._restarted.add(request_id)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Drop requests that will not come back."""
         for request_id in request_ids:
             self._plans.pop(request_id, None)
+            self.settled.drop(request_id)
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Drop what is known of requests whose page lists start anew.
@@ -87,6 +108,8 @@ class PageTables:
         with other pages, so names alone do not tell.
         """
         self._restarted.update(request_ids)
+        for request_id in request_ids:
+            self.settled.drop(request_id)
 
     def refresh(
         self, request_ids: list[str], page_lists: PageArray, seq_lens: IntArray
@@ -101,23 +124,28 @@ class PageTables:
         if request_ids != self._requests or self._restarted:
             self._match_rows(request_ids)
         blocks = (seq_lens - 1) // self._plan.page_size + 1
-        for row in np.flatnonzero(blocks != self._blocks[: len(blocks)]):
-            self._update_row(int(row), page_lists[row], int(blocks[row]))
+        grown = (blocks != self._blocks[: len(blocks)]) & ~self.settled.rows[
+            : len(blocks)
+        ]
+        for row in np.flatnonzero(grown).tolist():
+            self._update_row(row, page_lists[row], int(blocks[row]))
+            self.changed.add(row)
+        for row, before, now in self.settled.opened(seq_lens):
+            self._place_settled(row, page_lists[row], before, now)
+            self.changed.add(row)
 
     def _match_rows(self, request_ids: list[str]) -> None:
         known = self._requests + [""] * (len(request_ids) - len(self._requests))
         for row, (new, old) in enumerate(zip(request_ids, known, strict=False)):
             if new != old or new in self._restarted:
                 self._blocks[row] = 0
-                self.lanes.put(row, self._plan_of(new).lanes)
+                self.lanes.put(row, self.plan_of(new).reading.lanes)
+                self.settled.place(row, new)
         self._requests = list(request_ids)
         self._restarted.clear()
 
-    def _plan_of(self, request_id: str) -> PagePlan:
-        return self._plan if self._rule is None else self._plans[request_id]
-
     def _update_row(self, row: int, page_list: PageArray, blocks: int) -> None:
-        plan = self._plan_of(self._requests[row])
+        plan = self.plan_of(self._requests[row]).reading
         opened = np.arange(self._blocks[row], blocks)
         shape = plan.num_layers, plan.num_kv_heads, len(opened)
         index = plan.list_index(np.broadcast_to(opened, shape))
@@ -130,6 +158,43 @@ class PageTables:
             self._order_row(row, plan.lanes, opened, new, blocks - 1)
         open_slot = plan.lanes.slot_of(np.array([blocks - 1]))
         self.open_page[:, row] = np.take_along_axis(by_slot, open_slot, 2)[..., 0]
+
+    def _place_settled(
+        self, row: int, page_list: PageArray, before: int, now: int
+    ) -> None:
+        """Put new pages of a settled row in their slots, in which they are read."""
+        name = self._requests[row]
+        layer, head, slot, entry = self.settled.new_entries(name, before, now)
+        self.by_slot[layer, row, head, slot] = page_list[entry]
+        self.ordered[layer, row, head, slot] = page_list[entry]
+
+    def next_slots(self, seq_lens: IntArray) -> IntArray:
+        """Where the last token of each row goes: pages times tokens of a page.
+
+        Returns:
+            ``[num_layers, len(seq_lens), num_kv_heads]``.
+        """
+        size, rows = self._plan.page_size, slice(len(seq_lens))
+        place = ((seq_lens - 1) % size)[:, None]
+        slots: IntArray = self.open_page[:, rows].astype(np.int64) * size + place
+        settled = np.flatnonzero(self.settled.rows[rows])
+        if len(settled):
+            token = self.settled.last_token(seq_lens)[:, settled]
+            by_slot = self.by_slot[:, settled]
+            page = np.take_along_axis(by_slot, (token // size)[..., None], axis=3)
+            slots[:, settled] = page[..., 0].astype(np.int64) * size + token % size
+        return slots
+
+    def tokens_seen(self, seq_lens: IntArray) -> IntArray:
+        """Tokens that the last one of each row sees in each lane, shaped alike."""
+        size, rows = self._plan.page_size, len(seq_lens)
+        block = (seq_lens - 1) // size
+        hidden = self.lanes.first_rows(rows).hidden(block[:, None, None])[..., 0]
+        seen: IntArray = seq_lens[:, None] - hidden * size
+        if self.settled.rows[:rows].any():
+            # Lanes of settled rows are laid out as full ones: nothing is hidden.
+            seen = np.minimum(seen, self.settled.lane_tokens(seq_lens))
+        return seen
 
     def _order_row(
         self, row: int, lanes: Lanes, opened: IntArray, new: PageArray, last: int

@@ -84,9 +84,11 @@ class RowBuilder:
         lengths = np.diff(query_start)
         longer = np.flatnonzero(lengths > 1)
         num_decodes = int(longer[0]) if longer.size else len(lengths)
-        decode_lens = self._decode_lens(seq_lens[:num_decodes])
+        layers, decodes = self._plan.num_layers, seq_lens[:num_decodes]
+        decode_lens = self._tables.tokens_seen(decodes).reshape(layers, -1)
         # Kernels read slots one after the other; with one head they may be a view.
-        slots = np.ascontiguousarray(self._decode_slots(seq_lens[:num_decodes]))
+        slots = self._tables.next_slots(decodes).reshape(layers, -1)
+        slots = np.ascontiguousarray(slots)
         if not longer.size:
             return self._decode_only(decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
@@ -105,21 +107,6 @@ class RowBuilder:
             slots,
             chunks.copies(),
         )
-
-    def _decode_lens(self, seq_lens: IntArray) -> IntArray:
-        """Keys each decode row sees, ``[num_layers, requests * H_kv]``."""
-        size = self._plan.page_size
-        block = (seq_lens - 1) // size
-        lanes = self._tables.lanes.first_rows(len(seq_lens))
-        hidden = lanes.hidden(block[:, None, None])[..., 0]
-        visible = seq_lens[:, None] - hidden * size
-        return visible.reshape(self._plan.num_layers, -1)
-
-    def _decode_slots(self, seq_lens: IntArray) -> IntArray:
-        page_size = self._plan.page_size
-        page = self._tables.open_page[:, : len(seq_lens)].astype(np.int64)
-        slots = page * page_size + ((seq_lens - 1) % page_size)[:, None]
-        return slots.reshape(self._plan.num_layers, -1)
 
     def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
         rows = decode_lens.shape[1]

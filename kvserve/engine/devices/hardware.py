@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between a CPU and a GPU: kernels, staging, tables.
+"""What differs between a CPU and a GPU: kernels and staging.
 
 The GPU's part imports Triton, which a CPU need not have.
 """
@@ -10,7 +10,6 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from kvserve.engine.batch.dense_tables import DenseTables
 from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.devices.cpu import CPUDevice, Device
 from kvserve.engine.devices.cpu_converting import ConvertingCPUDevice
@@ -44,24 +43,6 @@ def attention_slot() -> AttentionBackendEnum:
     return AttentionBackendEnum.CPU_ATTN
 
 
-def tables_class() -> type[PageTables]:
-    """Page tables of streaming policies."""
-    if not uses_triton():
-        return PageTables
-    from kvserve.engine.devices.mirror import WatchedTables
-
-    return WatchedTables
-
-
-def dense_tables_class() -> type[DenseTables]:
-    """Page tables of policies with a dense prefill."""
-    if not uses_triton():
-        return DenseTables
-    from kvserve.engine.devices.mirror import WatchedDenseTables
-
-    return WatchedDenseTables
-
-
 def cpu_kernels(
     page_format: PageFormat | None,
     dtype: torch.dtype,
@@ -89,7 +70,7 @@ def kernels_and_staging(
     Args:
         page_format: what pages hold; ``None``: the model's ``dtype``.
         group_size: query heads that share a KV head.
-        tables: made by one of the two classes above.
+        tables: of the batch.
     """
     if not uses_triton():
         shape = group_size, spec.head_size, spec.block_size
@@ -97,13 +78,8 @@ def kernels_and_staging(
         return kernels, HostStaging(kernels)
     from kvserve.engine.devices.gpu import TritonDevice
     from kvserve.engine.devices.gpu_staging import DeviceStaging
-    from kvserve.engine.devices.mirror import (
-        TableMirror,
-        WatchedDenseTables,
-        WatchedTables,
-    )
+    from kvserve.engine.devices.mirror import TableMirror
 
-    assert isinstance(tables, WatchedTables | WatchedDenseTables)
     on_gpu = TritonDevice(device, group_size, page_format)
     mirror = TableMirror(tables, device)
     return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size)

@@ -9,43 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from kvserve.engine.batch.dense_tables import DenseTables
-from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.devices.uploads import upload
-
-
-class WatchedTables(PageTables):
-    """Notes the batch rows whose pages have changed.
-
-    Attributes:
-        changed: rows that have, until somebody clears it.
-    """
-
-    changed: set[int]
-
-    def _update_row(self, row: int, page_list: PageArray, blocks: int) -> None:
-        super()._update_row(row, page_list, blocks)
-        self.changed.add(row)
-
-
-class WatchedDenseTables(DenseTables):
-    """The same for policies that select after a dense prefill."""
-
-    changed: set[int]
-
-    def _fill(self, row: int, page_list: PageArray, tokens: int, held: int) -> None:
-        super()._fill(row, page_list, tokens, held)
-        self.changed.add(row)
 
 
 class TableMirror:
     """What ``tables.ordered`` holds, where kernels read it."""
 
-    def __init__(
-        self, tables: WatchedTables | WatchedDenseTables, device: torch.device
-    ) -> None:
+    def __init__(self, tables: PageTables, device: torch.device) -> None:
         self._tables = tables
-        tables.changed = set()
         with torch.inference_mode(False):
             self._mirror = torch.zeros(
                 tables.ordered.shape, dtype=torch.int32, device=device

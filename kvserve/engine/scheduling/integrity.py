@@ -17,7 +17,8 @@ from vllm.v1.core.kv_cache_utils import (
 from kvserve.engine.scheduling.free_pages import FreePages
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.scheduling.prefix_index import PrefixIndex
-from kvserve.plan.lanes import IntArray
+from kvserve.plan.lanes import BoolArray, IntArray
+from kvserve.plan.rule import RequestPlan
 
 
 class Computing(Protocol):
@@ -142,9 +143,10 @@ class _Books:
             )
             return
         computed = self.requests[name].num_computed_tokens
-        earliest = max(tokens - self.manager.rule.in_flight, 0)
-        missing = (ids == 0) & ~plan.given_back(entries, computed)
-        kept = (ids > 0) & plan.given_back(entries, earliest)
+        # The last step's tokens are not computed when pages are given back.
+        earliest = max(tokens - max(self.manager.rule.in_flight, 1), 0)
+        missing = (ids == 0) & ~_given_back(plan, entries, computed)
+        kept = (ids > 0) & _given_back(plan, entries, earliest)
         if missing.any():
             yield (
                 f"request {name}: {missing.sum()} entries are null that queries after "
@@ -175,6 +177,13 @@ class _Books:
     @property
     def _scratch(self) -> int:
         return self.manager.num_scratch_pages
+
+
+def _given_back(plan: RequestPlan, entries: int, tokens: int) -> BoolArray:
+    """Which of a list's entries are null once ``tokens`` are computed."""
+    gone = np.zeros(entries, dtype=bool)
+    gone[plan.given_back(0, tokens)] = True
+    return gone
 
 
 def _lines(faulty: np.ndarray, line: str) -> Iterator[str]:

@@ -13,19 +13,17 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kvserve.engine.scheduling.prefix_index import PrefixIndex
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.plan.dense import DensePlan
+from kvserve.plan.lanes import IntArray
 from kvserve.plan.ledger import Ledger
-from kvserve.plan.page_plan import PagePlan
-from kvserve.plan.streaming import StreamRule
+from kvserve.plan.rule import RequestPlan, Rule
 from policies.base import Policy
 
 
 class HeadPagedManager(SingleTypeKVCacheManager):
     """Gives a request exactly the pages of its plan.
 
-    Invariant: after ``allocate_new_blocks(request, n)`` the request holds
-    ``max(plan.pages(m) for m <= n seen so far)`` pages, in the plan's list order. A
-    bounded lane recycles its own pages in place, so nothing is freed before the end.
+    Invariant: the page list of a request has ``plan.entries(m)`` entries, ``m`` the
+    most tokens seen so far, and those are null that the plan has given back.
 
     Where requests have plans of their own, the scheduler tells lengths by
     :meth:`expect`.
@@ -43,8 +41,11 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self._plan = kv_cache_spec.plan
         self.rule = kv_cache_spec.rule
-        self._plans: dict[str, PagePlan | DensePlan] = {}
-        self._named: dict[str, StreamRule] = {}
+        self._plans: dict[str, RequestPlan] = {}
+        self._named: dict[str, Rule] = {}
+        self._held: dict[str, int] = {}
+        # Tokens that were computed when pages were last given back.
+        self._computed: dict[str, int] = {}
         self.ledger = Ledger(self.rule.full, self.rule.copies)
         # Scratch pages leave the pool for good. This manager is the pool's first
         # caller, so they are blocks 1..K and the worker knows them without a message.
@@ -61,7 +62,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         request_id: str,
         prompt_tokens: int,
         reply_tokens: int,
-        named: StreamRule | None = None,
+        named: Rule | None = None,
     ) -> None:
         """Note a new request; it may be preempted and come back many times.
 
@@ -83,13 +84,13 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         """Return the policy of a request."""
         return self._named.get(request_id, self.rule).policy
 
-    def plan_of(self, request_id: str) -> PagePlan | DensePlan:
+    def plan_of(self, request_id: str) -> RequestPlan:
         """Return the page plan of a request."""
         return self._plans[request_id] if self.rule.is_elastic else self._plan
 
     def pages_held(self, request_id: str) -> int:
         """Count the pages of a request."""
-        return len(self.req_to_blocks.get(request_id, ()))
+        return self._held.get(request_id, 0)
 
     def _entries(self, request_id: str, num_tokens: int) -> int:
         """Length of the page list of a request with ``num_tokens`` tokens."""
@@ -106,8 +107,31 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(self._entries(request_id, num_tokens) - held, 0)
+        if apply_admission_cap:
+            return self._needed_to_enter(request_id, num_tokens, new_computed_blocks)
+        held = self.req_to_blocks.get(request_id, new_computed_blocks)
+        # Pages of the prefix that nobody holds leave the free pages too.
+        revived: int = self._get_num_evictable_blocks(new_computed_blocks)
+        return max(self._entries(request_id, num_tokens) - len(held), 0) + revived
+
+    def _needed_to_enter(
+        self, request_id: str, num_tokens: int, cached: Sequence[KVCacheBlock]
+    ) -> int:
+        """Pages that must be free for a request to begin.
+
+        All its prompt must fit, steps under way and all, beside what others that are
+        being read are still to take: two that cannot both be held run one after the
+        other instead of evicting each other. Pages that others hold anyway cost it
+        nothing.
+        """
+        in_flight = max(self.rule.in_flight, 1)
+        needed = self.plan_of(request_id).most_pages(num_tokens, in_flight)
+        owed = sum(
+            self.plan_of(other).owed(len(held))
+            for other, held in self.req_to_blocks.items()
+            if other != request_id
+        )
+        return needed + owed - sum(p.ref_cnt > 0 for p in cached if not p.is_null)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -119,15 +143,47 @@ class HeadPagedManager(SingleTypeKVCacheManager):
             return []
         pages = self.block_pool.get_new_blocks(missing)
         held.extend(pages)
+        self._held[request_id] = self.pages_held(request_id) + missing
         self.ledger.grown(request_id, self.pages_held(request_id))
         return pages
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Give back what no later query needs, before anything else is allocated."""
+        held = self.req_to_blocks.get(request_id)
+        before = self._computed.get(request_id, 0)
+        if not held or processed_computed_tokens <= before:
+            return
+        self._computed[request_id] = processed_computed_tokens
+        plan = self.plan_of(request_id)
+        entries = plan.given_back(before, processed_computed_tokens)
+        if not len(entries):
+            return
+        self._give_back(request_id, entries, num_prompt_tokens or 0)
+        for entry in entries.tolist():
+            held[entry] = self._null_block
+        self._held[request_id] -= len(entries)
+
+    def _give_back(
+        self, request_id: str, entries: IntArray, num_prompt_tokens: int
+    ) -> None:
+        """Give pages of a request back to the pool."""
+        held = self.req_to_blocks[request_id]
+        self.block_pool.free_blocks([held[entry] for entry in entries.tolist()])
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if request_id in self.req_to_blocks:
             pages = self.pages_held(request_id)
             policy = self.policy_of(request_id)
             self.ledger.close(request_id, self.plan_of(request_id), pages, policy)
-        return super().pop_blocks_for_free(request_id)
+        self._held.pop(request_id, None)
+        self._computed.pop(request_id, None)
+        listed = super().pop_blocks_for_free(request_id)
+        return [page for page in listed if not page.is_null]
 
     @classmethod
     def find_longest_cache_hit(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler, where requests have plans of their own, or share pages."""
+"""vLLM's scheduler, which tells the manager of requests and cuts chunks by their plans.
+
+Nothing else about scheduling changes.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,29 @@ from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 from kvserve.plan.request_policies import rule_of_request
 
 
-class ElasticScheduler(Scheduler):
+class HeadPagedScheduler(Scheduler):
     """Tells what a request's plan follows from before any of its pages are counted.
 
     That is its prompt, its longest reply and the policy that it names, if it names one.
-    Nothing about scheduling changes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         self._pages = cast(HeadPagedManager, manager)
+        # vLLM asks the method below, under the name of its first user, for every cut.
+        if self._pages.rule.may_select:
+            self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        plan = self._pages.plan_of(request.request_id)
+        return plan.chunk(request.num_computed_tokens, num_new_tokens)
 
     def add_request(self, request: Request) -> None:
         lengths = request.num_prompt_tokens, request.max_tokens
@@ -36,7 +51,7 @@ class ElasticScheduler(Scheduler):
         self._pages.forget(request.request_id)
 
 
-class SharingScheduler(ElasticScheduler):
+class SharingScheduler(HeadPagedScheduler):
     """Keeps what pages are cached under true to what is in them."""
 
     _pages: SharedPagedManager

@@ -19,7 +19,6 @@ from kvserve.engine.spec import SharedPagedSpec
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.prefix import PrefixPages
-from kvserve.plan.streaming import StreamRule
 
 
 class SharedPagedManager(HeadPagedManager):
@@ -30,7 +29,6 @@ class SharedPagedManager(HeadPagedManager):
     page with a hash is full, and nobody writes to it.
     """
 
-    rule: StreamRule
     index: PrefixIndex
 
     def __init__(
@@ -48,9 +46,6 @@ class SharedPagedManager(HeadPagedManager):
         # Clients name plans without end: one lives as long as a request or its pages.
         self._needs: WeakValueDictionary[PagePlan, PrefixPages] = WeakValueDictionary()
         self._needs_of: dict[str, PrefixPages] = {}
-        self._held: dict[str, int] = {}
-        # First block whose queries are still to come, when pages were last given back.
-        self._block: dict[str, int] = {}
 
     def plan_of(self, request_id: str) -> PagePlan:
         return cast(PagePlan, super().plan_of(request_id))
@@ -73,9 +68,6 @@ class SharedPagedManager(HeadPagedManager):
         super().forget(request_id)
         self._needs_of.pop(request_id, None)
 
-    def pages_held(self, request_id: str) -> int:
-        return self._held.get(request_id, 0)
-
     def find_longest_cache_hit(  # type: ignore[override]
         self, block_hashes: Sequence[BlockHash], max_length: int, **_: Any
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
@@ -87,28 +79,6 @@ class SharedPagedManager(HeadPagedManager):
             block_hashes, max_length // self.block_size
         )
         return (found,), blocks * self.block_size
-
-    def get_num_blocks_to_allocate(
-        self,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-        prefill_end: int = 0,
-    ) -> int:
-        if apply_admission_cap:
-            # May the request enter? Only if all its prompt fits, steps under way and
-            # all; pages that others hold anyway cost it nothing.
-            needed = self.plan_of(request_id).pages(num_tokens, self.rule.in_flight)
-            pages = [page for page in new_computed_blocks if not page.is_null]
-            return needed - sum(page.ref_cnt > 0 for page in pages)
-        held = self.req_to_blocks.get(request_id, new_computed_blocks)
-        # Pages of the prefix that nobody holds leave the free pages too.
-        revived: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return max(self._entries(request_id, num_tokens) - len(held), 0) + revived
 
     def add_local_computed_blocks(
         self,
@@ -124,7 +94,8 @@ class SharedPagedManager(HeadPagedManager):
         self.block_pool.touch(pages)
         held.extend(new_computed_blocks)
         blocks = num_local_computed_tokens // self.block_size
-        self.num_cached_block[request_id] = self._block[request_id] = blocks
+        self.num_cached_block[request_id] = blocks
+        self._computed[request_id] = num_local_computed_tokens
         self._held[request_id] = len(pages)
         needs = self.needs_of(request_id)
         window = held[max(blocks - needs.window, 0) * needs.width :]
@@ -134,9 +105,6 @@ class SharedPagedManager(HeadPagedManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         self._junctions.setdefault(request_id, self._junction)
-        held = self.req_to_blocks[request_id]
-        missing = self._entries(request_id, num_tokens) - len(held)
-        self._held[request_id] = self.pages_held(request_id) + max(missing, 0)
         pages = super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
@@ -178,36 +146,15 @@ class SharedPagedManager(HeadPagedManager):
             pages = held[block * needs.width : (block + 1) * needs.width]
             self.index.forget(request.block_hashes[block], pages)
 
-    def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
-    ) -> None:
-        """Give back what no later query sees, before anything else is allocated.
-
-        Pages keep their names, and serve others until the pool gives them out again.
-        """
-        held = self.req_to_blocks.get(request_id)
-        before = self._block.get(request_id, 0)
-        now = processed_computed_tokens // self.block_size
-        if not held or now <= before:
-            return
-        self._block[request_id] = now
-        entries = self.needs_of(request_id).given_back(before, now)
-        self._give_back(request_id, entries, num_prompt_tokens or 0)
-        for entry in entries.tolist():
-            held[entry] = self._null_block
-        self._held[request_id] -= len(entries)
-
     def _give_back(
         self, request_id: str, entries: IntArray, num_prompt_tokens: int
     ) -> None:
         """Give pages back to the pool, those last that others may well start with.
 
-        These are pages by which a request has started before, and windows in front of
-        two boundaries: the prompt's end, where the same prompt would start, and the
-        junction, where this one parts from what was cached when it came.
+        Pages keep their names, and serve others until the pool gives them out again.
+        Those that go last are pages by which a request has started before, and windows
+        in front of two boundaries: the prompt's end, where the same prompt would start,
+        and the junction, where this one parts from what was cached when it came.
         """
         needs, held = self.needs_of(request_id), self.req_to_blocks[request_id]
         ahead = np.array(
@@ -230,8 +177,5 @@ class SharedPagedManager(HeadPagedManager):
         self._free_pages.append_passed(passed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        pages = super().pop_blocks_for_free(request_id)
-        self._held.pop(request_id, None)
-        self._block.pop(request_id, None)
         self._junctions.pop(request_id, None)
-        return [page for page in pages if not page.is_null]
+        return super().pop_blocks_for_free(request_id)

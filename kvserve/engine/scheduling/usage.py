@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvserve.engine.scheduling.dense_manager import DensePagedManager
 from kvserve.engine.scheduling.manager import HeadPagedManager
-from kvserve.plan.dense import DensePlan
 from kvserve.plan.lanes import IntArray
-from kvserve.plan.streaming import StreamRule
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,12 @@ def cache_usage(
         lanes = seen[key]
         by_head += np.hstack(
             [
-                _of_heads(plan, lanes, tokens, worker.lane_of_head.get(name))
+                _of_heads(lanes, worker.lane_of_head.get(name))
                 for worker in workers[:copies]
             ]
         )
         held, retained = manager.pages_held(name), int(lanes.sum()) * copies
-        reads = _holds_full_cache(manager, name, tokens)
+        reads = plan.is_reading(tokens)
         totals["pages_full"] += full.pages(tokens)
         totals["entries_seen"] += tokens * full.num_lanes * copies
         totals["dense_prefill_pages"] += held if reads else 0
@@ -99,30 +96,18 @@ def cache_usage(
 
 def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:
     """What requests that ended had seen and kept, where policies are mixed."""
-    rule = manager.rule
-    if not isinstance(rule, StreamRule) or not rule.mixed:
+    if not manager.rule.mixed:
         return None
     totals = manager.ledger.ended.items()
     return {policy: dataclasses.asdict(ended) for policy, ended in totals}
 
 
-def _of_heads(
-    plan: Any, lanes: IntArray, tokens: int, lane_of_head: IntArray | None
-) -> IntArray:
+def _of_heads(lanes: IntArray, lane_of_head: IntArray | None) -> IntArray:
     """Turn tokens of lanes into tokens of heads.
 
-    Lanes of a policy of positions are heads. A dense policy gives its lanes out when
-    the prompt is read; before that, all lanes of a layer are equal.
+    Lanes are heads, unless a policy deals them out when it has read the prompt.
     """
-    if lane_of_head is None or not isinstance(plan, DensePlan):
-        return lanes
-    if tokens < plan.prompt_tokens:
+    if lane_of_head is None:
         return lanes
     heads: IntArray = np.take_along_axis(lanes, lane_of_head, axis=1)
     return heads
-
-
-def _holds_full_cache(manager: HeadPagedManager, name: str, tokens: int) -> bool:
-    if not isinstance(manager, DensePagedManager):
-        return False
-    return manager.reads_prompt(name, tokens)

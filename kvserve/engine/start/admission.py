@@ -10,13 +10,12 @@ from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 
-from kvserve.engine.start.support import Rule, rule_of, scratch_of
+from kvserve.engine.start.support import rule_of, scratch_of
 from kvserve.errors import UserError
 from kvserve.extra_args import FORCED_PROCESSOR, FORCED_TOKENS, POLICY, said_in
-from kvserve.plan.dense import DenseRule
-from kvserve.plan.request_policies import rule_named, without_budget
-from kvserve.plan.streaming import StreamRule
-from policies.base import DensePolicy
+from kvserve.plan.request_policies import rule_named, rule_of_request, without_budget
+from kvserve.plan.rule import MixedRule, Rule
+from policies.base import Policy
 
 
 class PolicyGuard:
@@ -55,12 +54,10 @@ class PolicyGuard:
         text = said_in(params, POLICY)
         if text is None:
             return
-        self._check_allowed()
-        assert isinstance(self._rule, StreamRule), "dense policies are not mixed"
-        tokens = self._max_tokens
+        rule, tokens = self._mixed_rule(), self._max_tokens
         if prompt_tokens is not None and params.max_tokens is not None:
             tokens = min(prompt_tokens + params.max_tokens, tokens)
-        pages = rule_named(self._rule, text, tokens).most_pages(tokens)
+        pages = rule_named(rule, text, tokens).most_pages(tokens)
         if pages > self._pool:
             raise UserError(
                 f"{text}: a request of {tokens} tokens, prompt and reply, needs "
@@ -68,12 +65,13 @@ class PolicyGuard:
                 "name a policy that keeps less"
             )
         # Another request may share the dictionary.
-        settled = without_budget(self._rule, str(text), tokens)
+        settled = without_budget(rule, str(text), tokens)
         params.extra_args = {**params.extra_args, POLICY: settled}
 
     def remark(self, params: Any) -> str | None:
         """Say what of a reply comes from a prompt that is not compressed yet."""
-        if not isinstance(self._rule, DenseRule):
+        policy = self._policy_of(params)
+        if policy is None or policy.capabilities.prefill != "dense":
             return None
         what = None
         if params.prompt_logprobs is not None:
@@ -83,9 +81,16 @@ class PolicyGuard:
         if what is None:
             return None
         return (
-            f"{what} of full attention, for policy {self._rule.policy.name} "
+            f"{what} of full attention, for policy {policy.name} "
             "compresses a prompt once it has been read"
         )
+
+    def _policy_of(self, params: Any) -> Policy | None:
+        """The policy of a request that was let pass."""
+        if self._rule is None:
+            return None
+        named = rule_of_request(self._rule, params, self._max_tokens)
+        return (named or self._rule).policy
 
     def admit_beams(self) -> None:
         """Let beam search pass, or refuse it.
@@ -99,7 +104,7 @@ class PolicyGuard:
         if self._rule is None:
             return
         policy = self._rule.policy
-        if isinstance(policy, DensePolicy):
+        if policy.capabilities.prefill == "dense":
             what = "chooses what it keeps when a prompt has been read"
         elif policy.capabilities.elastic:
             what = "keeps what follows from the length of a reply"
@@ -111,8 +116,8 @@ class PolicyGuard:
             "another policy, such as sink-recent"
         )
 
-    def _check_allowed(self) -> None:
-        """Refuse a request that names a policy where none may.
+    def _mixed_rule(self) -> MixedRule:
+        """The rule that takes a request which names a policy, where one may.
 
         Raises:
             UserError: one line, for whoever wrote the request.
@@ -122,11 +127,12 @@ class PolicyGuard:
                 "this server runs stock vLLM (--policy none), which has no policies; "
                 f"leave {POLICY} out"
             )
-        if not isinstance(self._rule, StreamRule) or not self._rule.mixed:
+        if not isinstance(self._rule, MixedRule):
             raise UserError(
                 "this server was started without --allow-request-policies; start it "
                 f"with the flag, or leave {POLICY} out"
             )
+        return self._rule
 
 
 def check_forced(params: Any, model: ModelConfig) -> None:

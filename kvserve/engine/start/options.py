@@ -32,16 +32,14 @@ from kvserve.engine.devices.cpu import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8
-from policies.base import DensePolicy, StreamingPolicy
 
 EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
 """Environment: 1 lets a policy start on CUDA, as ``--experimental-cuda`` does."""
 
 _CPU_WORKER = "kvserve.engine.worker.worker.HeadPagedCPUWorker"
 _GPU_WORKER = "kvserve.engine.worker.worker.HeadPagedWorker"
-_ELASTIC = "kvserve.engine.scheduling.scheduler.ElasticScheduler"
+_SCHEDULER = "kvserve.engine.scheduling.scheduler.HeadPagedScheduler"
 _SHARING = "kvserve.engine.scheduling.scheduler.SharingScheduler"
-_DENSE = "kvserve.engine.scheduling.dense_scheduler.DenseScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _UNNAMED = ("auto", "nobind")
 """Settings of the binding that name no cores."""
@@ -175,24 +173,18 @@ def _scheduler_for(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Name the scheduler of a policy that vLLM's own does not serve."""
-    policy, mixed = settings.without_budget(), settings.allow_request_policies
-    if isinstance(policy, DensePolicy):
-        if mixed:
-            raise UserError(
-                f"--allow-request-policies: --policy {settings.policy} chooses by "
-                "attention once it has read the whole prompt, and only policies of "
-                "positions can be mixed; leave the flag out, or start with another "
-                "policy, such as --policy retrieval"
-            )
-        scheduler = _DENSE
-    elif options.get("enable_prefix_caching"):
+    record, mixes = (
+        settings.without_budget().capabilities,
+        settings.allow_request_policies,
+    )
+    if options.get("enable_prefix_caching"):
         scheduler = _SHARING
-    elif mixed or policy.capabilities.elastic:
-        scheduler = _ELASTIC
+    elif mixes or record.elastic or record.prefill == "dense":
+        scheduler = _SCHEDULER
     else:
         return {}
     if options.get("scheduler_cls") not in (None, scheduler):
-        flag = "--allow-request-policies" if mixed else f"--policy {settings.policy}"
+        flag = "--allow-request-policies" if mixes else f"--policy {settings.policy}"
         raise UserError(
             f"--scheduler-cls={options['scheduler_cls']}: {flag} "
             f"runs under {scheduler.rpartition('.')[2]} here; leave it out"
@@ -211,7 +203,7 @@ def stock_has_no_policies() -> UserError:
 def _block_size(settings: PolicySettings, options: Mapping[str, Any]) -> int:
     """Tokens of a page: what the user asks for, unless the policy insists."""
     policy = settings.without_budget()
-    own = policy.page_size if isinstance(policy, StreamingPolicy) else None
+    own = policy.page_size
     block_size: int = options.get("block_size") or own or PAGE_SIZE
     if block_size % PAGE_SIZE:
         raise UserError(

@@ -20,7 +20,6 @@ from vllm.utils.torch_utils import get_dtype_size
 from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.start.compiler import check_compiler
 from kvserve.engine.start.support import (
-    Rule,
     check_batch,
     check_model,
     fits,
@@ -30,7 +29,7 @@ from kvserve.engine.start.support import (
     scratch_of,
 )
 from kvserve.errors import UserError
-from kvserve.plan.streaming import StreamRule
+from kvserve.plan.rule import Rule
 from kvserve.units import format_bytes
 from policies.files import digests
 
@@ -93,23 +92,7 @@ def _check_compiler(mode: CompilationMode | None) -> None:
 def policy_in_words(config: VllmConfig) -> list[str]:
     """Say what the policy keeps of this model, a line for each thing to say."""
     settings, rule = PolicySettings.from_config(config), rule_of(config)
-    lines = [f"{settings.policy}: {rule.describe()}"]
-    if isinstance(rule, StreamRule):
-        lines += filter(None, [rule.policy.remark(rule.model), _on_ranks(rule)])
-        if rule.mixed:
-            lines.append("a request may name a policy of its own (kv_policy)")
-    return lines
-
-
-def _on_ranks(rule: StreamRule) -> str:
-    """Say what it costs that ranks own heads in the model's order."""
-    if rule.ranks == 1:
-        return ""
-    excess = rule.longest.imbalance(rule.max_tokens)
-    return (
-        f"of {rule.ranks} ranks the one that holds most decides: {excess:.2f} times an "
-        f"even share at {rule.max_tokens} tokens"
-    )
+    return [f"{settings.policy}: {rule.describe()}", *rule.remarks()]
 
 
 def page_bytes_of(config: VllmConfig) -> int:
@@ -162,7 +145,7 @@ def check_pool(config: VllmConfig, rule: Rule) -> None:
         return
     length = config.model_config.max_model_len
     most, why = rule.most_pages(length), "under this policy"
-    if isinstance(rule, StreamRule) and rule.mixed:
+    if rule.mixed:
         most = rule.largest.pages(length)
         why = "under `full`, which --allow-request-policies lets it name"
     # One page more: vLLM's block 0 is never given out.

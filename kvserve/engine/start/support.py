@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,17 +17,13 @@ from kvserve.engine.devices import hardware
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
-from kvserve.plan.dense import DenseRule
-from kvserve.plan.streaming import StreamRule, scratch_pages
-from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
+from kvserve.plan.rule import Rule, rule_under
+from policies.base import ModelShape, Policy
 from policies.budgets import PolicySpec
 from policies.files import follows_files
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 _DENSE_EVERY = "dense_attention_every_n_layers"
-
-Rule = StreamRule | DenseRule
-"""What makes the page plan of each request."""
 
 
 def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
@@ -79,34 +74,18 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    if ranks > 1:
-        _check_ranks(policy, model, ranks)
-    if isinstance(policy, DensePolicy):
-        # Every rank selects among its own heads, and all have lanes of equal length.
-        share = dataclasses.replace(
-            model,
-            num_query_heads=model.num_query_heads // ranks,
-            num_kv_heads=model.num_kv_heads // ranks,
-        )
-        rule: Rule = DenseRule(policy, share, page_size, max_tokens, ranks)
-    elif isinstance(policy, StreamingPolicy):
-        shared = vllm_config.cache_config.enable_prefix_caching
-        shared = shared and policy.capabilities.prefix_cacheable
-        rule = StreamRule(
-            policy,
-            model,
-            page_size,
-            max_tokens,
-            ranks,
-            mixed=settings.allow_request_policies,
-            in_flight=vllm_config.max_in_flight_tokens if shared else 0,
-        )
-    else:
-        raise UserError(
-            f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
-        )
-    rule.plan(max_tokens)  # refuses a model that the policy cannot serve
-    return rule
+    shared = vllm_config.cache_config.enable_prefix_caching
+    scheduler = vllm_config.scheduler_config
+    return rule_under(
+        policy,
+        model,
+        page_size,
+        max_tokens,
+        ranks=ranks,
+        in_flight=vllm_config.max_in_flight_tokens if shared else 0,
+        mixed=settings.allow_request_policies,
+        step_tokens=scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
+    )
 
 
 @follows_files
@@ -114,32 +93,6 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
 def _policy_of(spec: PolicySpec, model: ModelShape) -> Policy:
     """Several parts of a process ask, and a budget may take a search to translate."""
     return spec.create(model)
-
-
-def _check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:
-    """Refuse heads that cannot be dealt to ranks, or that must know of each other.
-
-    Raises:
-        UserError: names the flag, what is in the way and what to do.
-    """
-    flag = f"--tensor-parallel-size={ranks}"
-    if not policy.capabilities.tensor_parallel_exact:
-        raise UserError(
-            f"{flag}: heads of a layer would lie on different ranks, and policy "
-            f"{policy.name} compares them (its record is not tensor_parallel_exact); "
-            "use 1, or another policy"
-        )
-    heads = model.num_kv_heads
-    if heads % ranks and ranks % heads:
-        raise UserError(
-            f"{flag}: {model.name} has {heads} KV heads, which cannot be dealt evenly; "
-            "use a number that divides them, or --data-parallel-size"
-        )
-    if isinstance(policy, DensePolicy) and ranks > heads:
-        raise UserError(
-            f"{flag}: {model.name} has {heads} KV heads, and policy {policy.name} must "
-            f"see all query heads of a KV head on one rank; use at most {heads}"
-        )
 
 
 def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
@@ -176,10 +129,8 @@ def _type_of(vllm_config: VllmConfig) -> str:
 
 def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     """Pages that prefill needs beside what requests hold."""
-    if isinstance(rule, DenseRule):
-        return 0
     scheduler = vllm_config.scheduler_config
-    return scratch_pages(rule, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+    return rule.scratch_pages(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
 
 
 def fits(rule: Rule, tokens: int, pool: int) -> int:
@@ -194,11 +145,9 @@ def check_batch(vllm_config: VllmConfig, rule: Rule) -> None:
     Raises:
         UserError: names the flag and the least value.
     """
-    if not isinstance(rule, DenseRule):
-        return
     scheduler = vllm_config.scheduler_config
-    least = rule.policy.observation_window + scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens < least:
+    least = rule.observed + scheduler.max_num_seqs
+    if rule.observed and scheduler.max_num_batched_tokens < least:
         raise UserError(
             f"--max-num-batched-tokens={scheduler.max_num_batched_tokens}: policy "
             f"{rule.policy.name} reads the end of a prompt in one step beside "

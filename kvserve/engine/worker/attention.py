@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.cpu import Device
+from kvserve.engine.worker.selection import SelectingStep
 
 
 @dataclass
@@ -30,6 +31,7 @@ class HeadPagedMetadata(AttentionMetadata):
         slots: where keys and values go, ``[num_layers, tokens * H_kv]``.
         copies: pages to move when a layer is done, ``[num_layers]`` or empty.
         clock: what choosing and moving cost.
+        selecting: what requests that select do in this step, if there are any.
     """
 
     num_actual_tokens: int
@@ -39,6 +41,7 @@ class HeadPagedMetadata(AttentionMetadata):
     slots: torch.Tensor
     copies: list[tuple[torch.Tensor, torch.Tensor]]
     clock: Clock
+    selecting: SelectingStep | None = None
 
 
 class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
@@ -114,7 +117,8 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             source, target = meta.copies[this]
             with meta.clock.compacting():
                 kv_cache[target] = kv_cache[source]
-        self._observe(query[:tokens], kv_cache, meta)
+        if meta.selecting is not None:
+            meta.selecting.observe(this, query[:tokens], kv_cache, self.scale)
         return output
 
     def _write(
@@ -126,9 +130,8 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
     ) -> None:
         """Store this step's keys and values, ``[tokens * H_kv, D]``."""
         slots = meta.slots[self._layer_index]
+        if meta.selecting is not None:
+            meta.selecting.make_room(self._layer_index, slots)
         self._device.write(key, value, kv_cache, slots)
-
-    def _observe(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, meta: HeadPagedMetadata
-    ) -> None:
-        """Look at the step once it is attended to; policies of positions need not."""
+        if meta.selecting is not None:
+            meta.selecting.written(slots)

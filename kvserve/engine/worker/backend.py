@@ -27,12 +27,13 @@ from kvserve.engine.batch.rows import RowBuilder
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices import hardware
 from kvserve.engine.devices.cpu import PAGE_SIZE
+from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.engine.start.support import page_format_of
 from kvserve.engine.worker.attention import HeadPagedAttention, HeadPagedMetadata
+from kvserve.engine.worker.selection import SelectingStep, Selector
 from kvserve.kernels.page_formats import FORMATS
 from kvserve.plan.lanes import IntArray
-from kvserve.plan.streaming import StreamRule
 
 
 class HeadPagedBackend(AttentionBackend):
@@ -80,7 +81,14 @@ class HeadPagedBackend(AttentionBackend):
 class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
     """Builds the rows of each step; the worker attaches the batch they come from."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        # A step of single tokens may end a prompt, which a graph would not notice.
+        if cast(HeadPagedSpec, kv_cache_spec).rule.may_select:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -95,7 +103,15 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         one = next(iter(layers.values()))
         self.clock = Clock()
-        self.tables, self._rows = self._make_tables(vllm_config)
+        rule, rank = kv_cache_spec.rule, get_tensor_model_parallel_rank()
+        self.tables = PageTables(
+            kv_cache_spec.plan,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            rule if rule.is_elastic else None,
+            rank,
+        )
+        self._rows = RowBuilder(kv_cache_spec.plan.of_rank(rank), self.tables)
         self.kernels, self.staging = hardware.kernels_and_staging(
             kv_cache_spec,
             page_format_of(vllm_config),
@@ -105,26 +121,27 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             device,
         )
         self._input_batch: Any = None
+        self._selector: Selector | None = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
         for index, layer in enumerate(layers.values()):
             cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
 
-    def _make_tables(self, vllm_config: VllmConfig) -> tuple[PageTables, RowBuilder]:
-        spec = cast(HeadPagedSpec, self.kv_cache_spec)
-        rule = cast(StreamRule, spec.rule)
-        rank = get_tensor_model_parallel_rank()
-        tables = hardware.tables_class()(
-            spec.plan,
-            vllm_config.scheduler_config.max_num_seqs,
-            vllm_config.model_config.max_model_len,
-            rule if rule.is_elastic else None,
-            rank,
-        )
-        return tables, RowBuilder(spec.plan.by_rank[rank], tables)
-
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""
         self._input_batch = input_batch
+
+    def prepare_selection(self, pool: torch.Tensor) -> None:
+        """Make room for what is remembered of cached tokens, if policies may select."""
+        rule = cast(HeadPagedSpec, self.kv_cache_spec).rule
+        if rule.may_select:
+            self._selector = Selector(
+                self.tables, self.kernels, self.staging, self.clock, pool, rule.weighs
+            )
+
+    def settle(self) -> None:
+        """Move what survives of prompts that were read in this step."""
+        if self._selector is not None:
+            self._selector.settle()
 
     def _requests(self, common: CommonAttentionMetadata) -> list[str]:
         if self._input_batch is None:  # vLLM profiles CUDA graphs
@@ -156,12 +173,24 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         self, requests: list[str], common: CommonAttentionMetadata
     ) -> HeadPagedMetadata:
         """Build a step's rows; tokens that no request has are padding."""
-        step = None
-        if requests:
-            query_start, seq_lens = lengths_of(common, len(requests))
-            self.tables.refresh(requests, self._page_lists(), seq_lens)
-            step = self._rows.build(query_start, seq_lens)
+        if not requests:
+            staged = self.staging.stage(None, common.num_actual_tokens)
+            return self._metadata(common, staged, None)
+        lengths, lists = lengths_of(common, len(requests)), self._page_lists()
+        self.tables.refresh(requests, lists, lengths[1])
+        step = self._rows.build(*lengths)
         staged = self.staging.stage(step, common.num_actual_tokens)
+        selecting = None
+        if self._selector is not None:
+            selecting = self._selector.begin(requests, lists, *lengths, staged)
+        return self._metadata(common, staged, selecting)
+
+    def _metadata(
+        self,
+        common: CommonAttentionMetadata,
+        staged: StagedRows,
+        selecting: SelectingStep | None,
+    ) -> HeadPagedMetadata:
         return HeadPagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decode_tokens=staged.num_decode_tokens,
@@ -170,6 +199,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             slots=staged.slots,
             copies=staged.copies,
             clock=self.clock,
+            selecting=selecting,
         )
 
 

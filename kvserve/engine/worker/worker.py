@@ -25,14 +25,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from kvserve.engine.batch.dense_tables import DenseTables
 from kvserve.engine.devices import hardware
 from kvserve.engine.devices.cpu_operators import fused_gates
 from kvserve.engine.scheduling.usage import WorkerUsage
-from kvserve.engine.spec import DensePagedSpec, HeadPagedSpec, SharedPagedSpec
+from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
 from kvserve.engine.start.options import check_platform
 from kvserve.engine.start.support import (
-    Rule,
     check_layers,
     page_format_of,
     rule_of,
@@ -43,16 +41,13 @@ from kvserve.engine.worker.compiled_code import (
     allow_compilation,
     let_compiled_code_load,
 )
-from kvserve.engine.worker.dense_attention import DensePagedAttention
-from kvserve.engine.worker.dense_backend import DenseMetadataBuilder
 from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
-from kvserve.plan.dense import DenseRule
 from kvserve.plan.request_policies import rule_of_request
+from kvserve.plan.rule import Rule
 from kvserve.start_up import Phase, enter
 
-_STREAMING = "kvserve.engine.worker.backend.HeadPagedBackend"
-_DENSE = "kvserve.engine.worker.dense_backend.DensePagedBackend"
+_BACKEND = "kvserve.engine.worker.backend.HeadPagedBackend"
 
 
 @contextmanager
@@ -103,9 +98,7 @@ class HeadPagedWorker(Worker):
                 "VLLM_USE_V2_MODEL_RUNNER: policies need vLLM's V1 model runner; set 0"
             )
         self._rule = rule_of(self.vllm_config)
-        is_dense = isinstance(self._rule, DenseRule)
-        backend = _DENSE if is_dense else _STREAMING
-        with _attention_backend(backend, self.vllm_config.attention_config):
+        with _attention_backend(_BACKEND, self.vllm_config.attention_config):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
         check_layers(self.vllm_config, layers)
@@ -145,8 +138,6 @@ class HeadPagedWorker(Worker):
         }
         if page_format := page_format_of(self.vllm_config):
             page["state_content_bytes"] = page_format.token_bytes(layer.head_size)
-        if isinstance(rule, DenseRule):
-            return {first: DensePagedSpec(**page, plan=rule.full)}
         kind = SharedPagedSpec if rule.is_shared else HeadPagedSpec
         return {first: kind(**page, plan=rule.largest)}
 
@@ -163,12 +154,7 @@ class HeadPagedWorker(Worker):
         _keep_on_host(self.model_runner.input_batch.block_table)
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
-        if isinstance(self._rule, DenseRule):
-            builder = cast(DenseMetadataBuilder, self._builder)
-            state = builder.make_state(next(iter(layers)).kv_cache)
-            for layer in layers:
-                impl = cast(DensePagedAttention, layer.impl)
-                impl.learn(self._rule.policy, self._rule.model, state)
+        self._builder.prepare_selection(next(iter(layers)).kv_cache)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         new = scheduler_output.scheduled_new_reqs
@@ -182,15 +168,14 @@ class HeadPagedWorker(Worker):
             named = rule_of_request(self._rule, request.sampling_params, sum(lengths))
             tables.expect(request.req_id, *lengths, named)
         output = super().execute_model(scheduler_output)
-        if isinstance(self._builder, DenseMetadataBuilder):
-            self._builder.settle()
+        self._builder.settle()
         return output
 
     def usage(self) -> WorkerUsage:
         """Report what only the worker knows; the scheduler process asks for it."""
         clock, tables = self._builder.clock, self._builder.tables
-        heads = tables.lane_of_head if isinstance(tables, DenseTables) else {}
-        return WorkerUsage(clock.selection, clock.compaction, heads)
+        heads = tables.settled.lane_of_head
+        return WorkerUsage(clock.selection, clock.compaction, dict(heads))
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)

@@ -6,10 +6,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.engine.scheduling.dense_scheduler import cut
-from kvserve.plan.dense import DensePlan
-from kvserve.plan.page_plan import PagePlan, blocks_of
-from policies.base import Lane
+from kvserve.plan.dense import DensePlan, DenseRule
+from kvserve.plan.page_plan import blocks_of
+from policies.base import Lane, ModelShape
+from policies.snapkv import SnapKV
 
 MAX_TOKENS = 40
 
@@ -32,9 +32,13 @@ def dense_plans(draw: st.DrawFn) -> DensePlan:
 
     layers = draw(st.integers(1, 3))
     lanes = tuple(tuple(lane() for _ in range(heads)) for _ in range(layers))
-    nothing = ((0,) * heads,) * layers
-    full = PagePlan(page_size, nothing, nothing)
-    return DensePlan(page_size, MAX_TOKENS, prompt, lanes, full)
+    return DensePlan(rule(layers, heads, page_size), prompt, lanes)
+
+
+def rule(layers: int, heads: int, page_size: int, window: int = 1) -> DenseRule:
+    """A rule whose lanes the tests draw themselves."""
+    model = ModelShape("drawn", layers, heads, heads, 8)
+    return DenseRule(SnapKV(window=window), model, page_size, MAX_TOKENS)
 
 
 def lane_tokens(lane: Lane, generated: int) -> int:
@@ -87,14 +91,16 @@ def test_the_page_list_never_shrinks(plan: DensePlan) -> None:
     assert lengths == sorted(lengths)
 
 
-@given(st.integers(1, 500), st.integers(0, 40), st.data())
+@given(st.integers(1, 500), st.integers(1, 40), st.data())
 def test_chunks_end_with_the_prompt_and_the_last_is_long_enough(
     prompt: int, window: int, data: st.DataObject
 ) -> None:
+    lanes = ((Lane(prompt),),)
+    plan = DensePlan(rule(1, 1, 32, window), prompt, lanes)
     start, waits = 0, 0
     while start < prompt:
         budget = data.draw(st.integers(1, 80)) if waits < 5 else max(window, 1)
-        length = cut(start, min(budget, prompt + 3 - start), prompt, window)
+        length = plan.chunk(start, min(budget, prompt + 3 - start))
         assert 0 <= length <= budget
         waits = waits + 1 if length == 0 else 0
         if length == 0:
@@ -105,4 +111,4 @@ def test_chunks_end_with_the_prompt_and_the_last_is_long_enough(
         assert start <= prompt
         if start == prompt:
             assert length >= min(window, prompt)
-    assert cut(prompt, 10, prompt, window) == 1
+    assert plan.chunk(prompt, 10) == 1

@@ -116,10 +116,12 @@ def test_pages_are_given_back_once_and_when_nobody_sees_them(
 ) -> None:
     needs, before, gone = PrefixPages(plan), 0, set[int]()
     for now in sorted(set(stops)):
-        left = needs.given_back(before, now).tolist()
+        size = plan.page_size
+        left = plan.given_back(before * size, now * size + size - 1).tolist()
         assert left == sorted(left, reverse=True)
         assert not gone & set(left)
         gone |= set(left)
+        assert not len(plan.given_back(now * size, now * size + size - 1))
         listed = set(range(now * needs.width))
         assert listed - gone == listed & seen_entries(plan, now)
         before = now

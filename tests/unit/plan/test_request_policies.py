@@ -21,6 +21,7 @@ from kvserve.plan import request_policies
 from kvserve.plan.dense import DenseRule
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.request_policies import rule_named
+from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies.base import Capabilities, ModelShape, StreamingPolicy, parameter
 from policies.budgets import PolicySpec
@@ -61,11 +62,14 @@ VALUES += [
 ]
 
 MODEL = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64, 2048)
-RULE = StreamRule(Full(), MODEL, 32, 2048, mixed=True)
+ALONE = StreamRule(Full(), MODEL, 32, 2048)
+RULE = MixedRule(ALONE, step_tokens=256)
 
 
-def under(policy: StreamingPolicy, **values: Any) -> StreamRule:
-    return dataclasses.replace(RULE, policy=policy, **values)
+def under(policy: StreamingPolicy, **values: Any) -> MixedRule:
+    """The rule of a server that was started with ``policy``."""
+    alone = dataclasses.replace(ALONE, policy=policy, **values)
+    return dataclasses.replace(RULE, default=alone)
 
 
 def plan_of(policy: StreamingPolicy, tokens: int = 2048) -> PagePlan:
@@ -132,13 +136,11 @@ def test_what_a_request_cannot_set_is_the_servers(tmp_path: Path) -> None:
         (None, "expected a text NAME"),
         (["full"], "expected a text NAME"),
         (0.25, "expected a text NAME"),
-        ("nothing", "'nothing': is no policy; name one of full, moa"),
+        ("nothing", "'nothing': is no policy; name one of full"),
         ("none", "is no policy"),
         ("Full", "is no policy"),
         ("mine.toml", "is no policy"),
-        ("snapkv", "--allow-request-policies mixes .* started with --policy snapkv"),
-        ("h2o:heavy=64", "chooses by attention"),
-        ("task-kv", "chooses by attention"),
+        ("snapkv:window=300", "last 300 tokens .* have room for 256"),
         ("full:sinks=3", "sinks: policy full has no such argument"),
         ("sink-recent:sinks", "sinks: expected key=value"),
         ("sink-recent:sinks=1,sinks=2", "sinks: given twice"),
@@ -167,7 +169,7 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(
 
 
 def test_a_model_without_a_profile_says_that_the_server_needs_one() -> None:
-    other = dataclasses.replace(RULE, model=dataclasses.replace(MODEL, name="other"))
+    other = under(Full(), model=dataclasses.replace(MODEL, name="other"))
     for text in ("retrieval", "moa"):
         with pytest.raises(UserError, match="a request cannot name a file"):
             rule_named(other, text, 2048)
@@ -183,7 +185,7 @@ def test_ranks_want_heads_that_need_not_know_of_each_other(
     request_policies._under.cache_clear()
     assert rule_named(RULE, "sink-recent", 2048)
     with pytest.raises(UserError, match="lie on 3 ranks"):
-        rule_named(dataclasses.replace(RULE, ranks=3), "sink-recent", 2048)
+        rule_named(under(Full(), ranks=3), "sink-recent", 2048)
     request_policies._under.cache_clear()
 
 
@@ -284,12 +286,12 @@ def test_the_largest_plan_is_that_of_full(server: StreamingPolicy) -> None:
         plan = rule_named(rule, text, 2048).of_request(1000, 1048)
         for tokens in (1, 32, 33, 777, 2048):
             assert plan.pages(tokens) <= rule.largest.pages(tokens)
-    assert rule.longest == plan_of(server)
+    assert rule.plan(2048) == plan_of(server)
 
 
 def test_under_shards_every_plan_is_in_the_servers_turns() -> None:
     server = under(Sharded(block=32, stride=4, local_blocks=2, insist=True))
-    assert server.longest.stride == server.largest.stride == 4
+    assert server.plan(2048).stride == server.largest.stride == 4
     assert server.largest.pages(2048) == 64 * 90
     for text, policy in (
         ("full", Full()),
@@ -311,7 +313,7 @@ class TestGuard:
     def test_who_names_nothing_passes_everywhere(self) -> None:
         from kvserve.engine.start.admission import PolicyGuard
 
-        for rule in (None, RULE, dataclasses.replace(RULE, mixed=False)):
+        for rule in (None, RULE, ALONE):
             guard = PolicyGuard(rule, 2048, 1)
             for extra in (None, {}, {"session_id": "a"}):
                 params = SimpleNamespace(extra_args=extra, max_tokens=100)
@@ -322,7 +324,7 @@ class TestGuard:
         from kvserve.engine.start.admission import PolicyGuard
 
         dense = DenseRule(SnapKV(), MODEL, 32, 2048)
-        for rule in (dense, dataclasses.replace(RULE, mixed=False)):
+        for rule in (dense, ALONE):
             with pytest.raises(UserError, match="without --allow-request-policies"):
                 PolicyGuard(rule, 2048, 99999).admit(self.params("full"), 1)
         with pytest.raises(UserError, match="stock vLLM"):
@@ -371,7 +373,7 @@ class TestGuard:
             assert named == expected
 
     @given(
-        name=st.sampled_from(["full", "sink-recent", "retrieval", "moa", "sharded"]),
+        name=st.sampled_from(sorted(available_policies())),
         values=st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES)),
         prompt=st.integers(1, 2048),
         reply=st.integers(1, 4096),
@@ -384,7 +386,7 @@ class TestGuard:
         from kvserve.engine.start.admission import PolicyGuard
         from kvserve.plan.request_policies import rule_of_request
 
-        server = dataclasses.replace(RULE, in_flight=512 if shared else 0)
+        server = under(Full(), in_flight=512 if shared else 0)
         text = f"{name}:" + ",".join(f"{key}={one}" for key, one in values.items())
         params = self.params(text, reply)
         try:
@@ -396,9 +398,11 @@ class TestGuard:
         plan = named.of_request(prompt, reply)
         for tokens in (1, 33, min(prompt + reply, 2048)):
             lanes = plan.lane_tokens(tokens)
-            assert 0 < lanes.sum() <= tokens * plan.num_lanes
-            assert plan.entries(tokens) >= plan.num_layers
+            assert 0 < lanes.sum() <= tokens * lanes.size
+            assert plan.entries(tokens) >= len(lanes)
             assert plan.pages(tokens) <= server.full.pages(tokens)
+            assert plan.most_pages(tokens) <= server.largest.pages(tokens)
+            assert plan.entries(tokens) <= server.most_entries(2048)
 
     @pytest.mark.parametrize(
         ("policy", "said"),
@@ -432,6 +436,8 @@ class TestGuard:
         assert "one token" in str(dense.remark(SamplingParams(max_tokens=1)))
         assert dense.remark(SamplingParams(max_tokens=9)) is None
         assert PolicyGuard(RULE, 2048, 999).remark(asked) is None
+        asked.extra_args = {"kv_policy": "snapkv"}
+        assert PolicyGuard(RULE, 2048, 999).remark(asked) == said
         assert PolicyGuard(None, 2048, 999).remark(asked) is None
         found = collect()
         for _ in range(3):

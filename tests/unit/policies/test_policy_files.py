@@ -17,6 +17,7 @@ from kvserve.errors import UserError
 from kvserve.http.engine import profiles_of
 from kvserve.plan import streaming as stream_rule
 from kvserve.plan.request_policies import rule_named
+from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies import files
 from policies.base import ModelShape
@@ -61,7 +62,7 @@ def test_a_request_that_names_the_policy_gets_the_profile_of_the_start(
     path = tmp_path / "gates.tsv"
     write_gates(path, [[0.9, 0.1], [0.1, 0.1]])
     policy = Retrieval(profile=str(path), full_ratio=0.25)
-    rule = StreamRule(policy, MODEL, PAGE, LONGEST, mixed=True)
+    rule = MixedRule(StreamRule(policy, MODEL, PAGE, LONGEST))
     expected = rule_named(rule, "retrieval:recent=64", 1000).plan(1000)
     write_gates(path, [[0.1, 0.1], [0.1, 0.9]])
     stream_rule._plan.cache_clear()

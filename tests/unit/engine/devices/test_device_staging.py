@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.batch.rows import RowBuilder, StepRows
 from kvserve.plan.page_plan import PagePlan, blocks_of
 from tests.unit.simulator import (
@@ -24,7 +25,7 @@ from tests.unit.simulator import (
 pytest.importorskip("triton")
 from kvserve.engine.devices.gpu import TritonDevice
 from kvserve.engine.devices.gpu_staging import DeviceStaging
-from kvserve.engine.devices.mirror import TableMirror, WatchedTables
+from kvserve.engine.devices.mirror import TableMirror
 from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.devices.uploads import Buffer, upload_all
 
@@ -38,7 +39,7 @@ class Stage:
 
     def __init__(self, plan: PagePlan) -> None:
         self.plan = plan
-        self.tables = WatchedTables(plan, MAX_REQUESTS, MAX_TOKENS)
+        self.tables = PageTables(plan, MAX_REQUESTS, MAX_TOKENS)
         self.rows = RowBuilder(plan, self.tables)
         mirror = TableMirror(self.tables, CPU)
         self.staging = DeviceStaging(TritonDevice(CPU, 1), mirror, plan.page_size)
