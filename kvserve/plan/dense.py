@@ -229,6 +229,7 @@ class DenseRule:
     Attributes:
         model: as one rank has it.
         copies: ranks that each have such heads, and all the same plan.
+        stride: blocks of a turn, as the tables of the server have them.
     """
 
     policy: DensePolicy
@@ -236,6 +237,7 @@ class DenseRule:
     page_size: int
     max_tokens: int
     copies: int = 1
+    stride: int = 1
     mixed: ClassVar = False
     is_shared: ClassVar = False
     in_flight: ClassVar = 0
@@ -258,7 +260,7 @@ class DenseRule:
 
     @property
     def full(self) -> PagePlan:
-        return _full(self.model, self.page_size)
+        return _full(self.model, self.page_size, self.stride)
 
     @property
     def largest(self) -> PagePlan:
@@ -307,9 +309,9 @@ class DenseRule:
 
 
 @lru_cache(maxsize=8)
-def _full(model: ModelShape, page_size: int) -> PagePlan:
+def _full(model: ModelShape, page_size: int, stride: int) -> PagePlan:
     nothing = ((0,) * model.num_kv_heads,) * model.num_layers
-    return PagePlan(page_size, nothing, nothing)
+    return PagePlan(page_size, nothing, nothing, stride)
 
 
 @follows_files

@@ -241,11 +241,11 @@ class MixedRule:
         if policy.capabilities.prefill == "dense":
             self._check_selecting(policy)
         shape = self.model, self.page_size, self.max_tokens
+        stride = self.largest.stride
         if isinstance(policy, DensePolicy):
-            return DenseRule(policy, *shape)
+            return DenseRule(policy, *shape, stride=stride)
         assert isinstance(policy, StreamingPolicy)
-        stride, in_flight = self.largest.stride, self.in_flight
-        return StreamRule(policy, *shape, self.ranks, stride, in_flight)
+        return StreamRule(policy, *shape, self.ranks, stride, self.in_flight)
 
     def _check_selecting(self, policy: Policy) -> None:
         """Refuse a policy that selects by content where it cannot."""

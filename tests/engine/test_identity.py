@@ -146,7 +146,7 @@ def is_tie(found: Reply, expected: Reply) -> bool:
         (step, pair) for step, pair in enumerate(pairs) if pair[0] != pair[1]
     )
     best = expected.best[step]
-    return ours in best and best[theirs] - best[ours] < TIE
+    return ours in best and best[theirs] - best[ours] <= TIE
 
 
 def parted(found: list[Reply], expected: list[Reply]) -> list[tuple[Reply, Reply]]:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvserve.errors import UserError
-from kvserve.plan.page_plan import PagePlan
+from kvserve.plan.rule import RequestPlan, rule_under
+from policies.registry import create_policy
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, Reply, random_prompts
 from tests.engine.test_isolation import assert_same
@@ -28,9 +31,15 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
         {"full_ratio": 0.5, "recent": 64},
     ),
 }
+SELECTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "snapkv:capacity=64,window=16": ("snapkv", {"capacity": 64, "window": 16}),
+    "h2o:heavy=64,recent=64": ("h2o", {"heavy": 64, "recent": 64}),
+}
 SERVER: tuple[str, dict[str, Any]] = "retrieval", {"full_ratio": 0.34, "recent": 96}
 """What requests get that name nothing."""
-KINDS: dict[str | None, tuple[str, dict[str, Any]]] = {None: SERVER, **NAMED}
+KINDS: dict[str | None, tuple[str, dict[str, Any]]]
+KINDS = {None: SERVER, **NAMED, **SELECTING}
+SHAREABLE = [text for text in KINDS if text not in SELECTING]
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +84,21 @@ def sampling(text: str | None, **values: Any) -> dict[str, Any]:
     return {**values, **({"extra_args": {"kv_policy": text}} if text else {})}
 
 
-def mixture(seed: int) -> list[tuple[int, str | None]]:
+def mixture(
+    seed: int, texts: Iterable[str | None] = KINDS
+) -> list[tuple[int, str | None]]:
     """Every prompt under every policy, shuffled."""
-    pairs = [(place, text) for place in range(len(LENGTHS)) for text in KINDS]
+    pairs = [(place, text) for place in range(len(LENGTHS)) for text in texts]
     random.Random(seed).shuffle(pairs)
     return pairs
 
 
-def plan_of(model: Model, text: str | None, tokens: int) -> PagePlan:
-    policy, arguments = KINDS[text]
-    budgets = model.budgets(policy, model.policy_args(policy, **arguments), tokens)
-    return PagePlan.from_budgets(budgets, PAGE)
+def plan_of(model: Model, text: str | None, prompt_tokens: int) -> RequestPlan:
+    """The plan of a request on a server of its policy alone."""
+    name, arguments = KINDS[text]
+    policy = create_policy(name, model.policy_args(name, **arguments))
+    rule = rule_under(policy, model.shape, PAGE, model.shape.max_tokens)
+    return rule.of_request(prompt_tokens, STEPS)
 
 
 @pytest.mark.parametrize("chunk", [64, 100, 512])
@@ -111,7 +124,7 @@ def test_cached_prefixes_are_those_of_the_same_policy(
     alone: dict[str | None, list[Reply]],
 ) -> None:
     engine = start(engines, model, 100, enable_prefix_caching=True)
-    pairs = mixture(3)
+    pairs = mixture(3, SHAREABLE)
     expected = [alone[text][i] for i, text in pairs]
     for is_cached in (False, True):
         names = [engine.add(prompts[i], STEPS, **sampling(text)) for i, text in pairs]
@@ -120,6 +133,8 @@ def test_cached_prefixes_are_those_of_the_same_policy(
         assert_same(found, expected)
         for (place, _), reply in zip(pairs, found, strict=True):
             assert (reply.cached > 0) == (is_cached and LENGTHS[place] > PAGE)
+    with pytest.raises(UserError, match="snapkv: keeps of a prefix what the text"):
+        engine.add([5, 6, 7], 4, **sampling("snapkv"))
 
 
 def test_the_policies_of_this_test_answer_differently(
@@ -172,7 +187,7 @@ def test_each_request_holds_the_pages_of_its_own_plan_at_every_step(
     expected = {
         engine.add(prompts[i], STEPS, **sampling(text)): (
             text,
-            plan_of(model, text, len(prompts[i]) + STEPS),
+            plan_of(model, text, len(prompts[i])),
         )
         for i, text in mixture(2)
     }
@@ -182,14 +197,18 @@ def test_each_request_holds_the_pages_of_its_own_plan_at_every_step(
         rows = engine._core.kvserve_report()["cache"]["requests"]
         for row in rows:
             text, plan = expected[row["request_id"]]
-            assert row["pages_held"] == plan.pages(row["tokens_seen"])
-            lanes = plan.lane_tokens(row["tokens_seen"])
+            tokens = row["tokens_seen"]
+            # What a prompt that is just read leaves behind goes at the next step.
+            count = plan.entries if plan.is_reading(tokens) else plan.pages
+            assert row["pages_held"] == count(tokens)
+            assert row["dense_prefill"] == plan.is_reading(tokens)
+            lanes = plan.lane_tokens(tokens)
             assert row["entries_retained"] == lanes.sum()
             assert row["policy"] == KINDS[text][0]
             seen.add(text)
-        assert sum(row["pages_held"] for row in rows) == sum(
-            map(len, engine.pages_held.values())
-        )
+        # Page 0 is null: it stands where pages were given back.
+        listed = sum(map(np.count_nonzero, engine.pages_held.values()))
+        assert sum(row["pages_held"] for row in rows) == listed
     assert seen == set(KINDS)
 
 
@@ -213,7 +232,7 @@ def test_receipts_and_totals_name_the_policy(
     after = ended(engine)
     gained = {policy: after[policy] - before.get(policy, 0) for policy in after}
     # A request that was preempted on its way has ended once.
-    assert gained == {"retrieval": 2, "sink-recent": 2, "full": 1}
+    assert gained == Counter(policy for policy, _ in KINDS.values())
 
 
 def ended(engine: Engine) -> dict[str, int]:
@@ -221,7 +240,7 @@ def ended(engine: Engine) -> dict[str, int]:
     return {policy: total["requests"] for policy, total in totals.items()}
 
 
-@pytest.mark.parametrize("server", ["full", "moa", "sharded"])
+@pytest.mark.parametrize("server", ["full", "moa", "sharded", "h2o"])
 def test_servers_of_other_policies_mix_them_too(
     engines: EngineSlot,
     model: Model,
@@ -234,8 +253,14 @@ def test_servers_of_other_policies_mix_them_too(
     own = engines.start(model.path, server, arguments).generate(prompts, STEPS)
     engine = engines.start(model.path, server, arguments, allow_request_policies=True)
     # Of its own class a request gets the server's file, and the parameters it names.
-    same = {"moa": "moa:length=1024", "sharded": None, "full": "full:budget=1"}[server]
-    texts = [None, "full", "streaming-llm:recent=160", same]
+    same = {
+        "moa": "moa:length=1024",
+        "sharded": None,
+        "full": "full:budget=1",
+        "h2o": "h2o:heavy=64,recent=64",
+    }[server]
+    texts = [None, "full", "streaming-llm:recent=160", "snapkv:capacity=64,window=16"]
+    texts.append(same)
     pairs = [(place, text) for place in range(len(LENGTHS)) for text in texts]
     names = [engine.add(prompts[i], STEPS, **sampling(text)) for i, text in pairs]
     engine.finish()
