@@ -46,8 +46,8 @@ def add_request_policies(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-request-policies",
         action="store_true",
-        help="let a request name a policy of its own, of positions like the server's, "
-        'in its body: "vllm_xargs": {"kv_policy": "full"} or {"kv_policy": '
+        help="let a request name a policy of its own in its body: "
+        '"vllm_xargs": {"kv_policy": "full"} or {"kv_policy": '
         '"sink-recent:recent=480"}. The pool must hold the longest request under '
         "`full` (default: a request that names one gets 400)",
     )
