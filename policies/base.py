@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvserve.errors import UserError
@@ -125,6 +126,18 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_range(self.name, field, getattr(self, field.name))
+
+    def files(self, model_name: str) -> dict[str, Path]:
+        """The files that the policy reads, by the parameter that names them.
+
+        A text that names a file is taken for one.
+
+        Args:
+            model_name: for which a file may ship that nobody names.
+        """
+        texts = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        paths = {k: Path(v).expanduser() for k, v in texts.items() if _is_text(v)}
+        return {key: path for key, path in paths.items() if path.is_file()}
 
     @property
     def page_size(self) -> int | None:
@@ -259,6 +272,10 @@ class DensePolicy(Policy):
             layer: Index of the layer.
             lanes: What :meth:`lanes` gave for it.
         """
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _check_range(policy: str, field: dataclasses.Field[Any], value: Any) -> None:

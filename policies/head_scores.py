@@ -23,6 +23,11 @@ def has_shipped_profile(model_name: str) -> bool:
     return _shipped_path(model_name).exists()
 
 
+def scores_path(profile: str | None, model_name: str) -> Path:
+    """The file of head scores that ``profile`` names, else that which ships."""
+    return Path(profile).expanduser() if profile else _shipped_path(model_name)
+
+
 def _shipped_path(model_name: str) -> Path:
     return _SHIPPED / model_name / "retrieval.json"
 
@@ -38,7 +43,7 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
     Raises:
         UserError: no profile, an unreadable file, or one of another model.
     """
-    path = Path(profile).expanduser() if profile else _shipped_path(model.name)
+    path = scores_path(profile, model.name)
     if not profile and not path.exists():
         raise UserError(
             f"--policy retrieval: no profile ships for {model.name}; run "

@@ -72,6 +72,9 @@ class MoA(StreamingPolicy):
         minimum=128,
     )
 
+    def files(self, model_name: str) -> dict[str, Path]:
+        return {"plan": self._path(model_name)}
+
     def budgets(
         self, model: ModelShape, tokens: int
     ) -> tuple[tuple[HeadBudget, ...], ...]:
@@ -114,7 +117,7 @@ class MoA(StreamingPolicy):
         )
 
     def _rules(self, model: ModelShape) -> Rules:
-        path = self._path(model)
+        path = self._path(model.name)
         rules = self._choose(_read(path), path)
         widths = {len(layer) for layer in rules}
         if len(rules) != model.num_layers or not (
@@ -128,13 +131,13 @@ class MoA(StreamingPolicy):
             )
         return rules
 
-    def _path(self, model: ModelShape) -> Path:
+    def _path(self, model_name: str) -> Path:
         if self.plan is not None:
             return Path(self.plan).expanduser()
-        shipped = _SHIPPED / model.name / "moa.json"
+        shipped = _SHIPPED / model_name / "moa.json"
         if not shipped.exists():
             raise UserError(
-                f"--policy moa: no plan ships for {model.name}; pass "
+                f"--policy moa: no plan ships for {model_name}; pass "
                 "`--policy-arg plan=FILE` with JSON of alphas and betas"
             )
         return shipped

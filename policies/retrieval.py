@@ -8,6 +8,7 @@ split of heads into full and streaming ones is DuoAttention's (arXiv 2410.10819)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from policies.base import (
@@ -18,7 +19,7 @@ from policies.base import (
     StreamingPolicy,
     parameter,
 )
-from policies.head_scores import load_head_scores, top_heads
+from policies.head_scores import load_head_scores, scores_path, top_heads
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Retrieval(StreamingPolicy):
     profile: str | None = parameter(
         None,
         "file of head scores: kvserve JSON, Retrieval_Head JSON or DuoAttention TSV; "
-        "without it, the profile that ships for the model",
+        "without it, the profile that ships for the model, else the one that is "
+        "measured when an engine first starts with it, and kept",
     )
     full_ratio: float = parameter(
         0.2, "share of KV heads that keep everything", minimum=0.0, maximum=1.0
@@ -52,6 +54,9 @@ class Retrieval(StreamingPolicy):
     recent: int = parameter(
         480, "last tokens that the other heads keep, in whole pages", minimum=1
     )
+
+    def files(self, model_name: str) -> dict[str, Path]:
+        return {"profile": scores_path(self.profile, model_name)}
 
     def budgets(
         self, model: ModelShape, tokens: int

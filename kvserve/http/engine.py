@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +121,9 @@ class ServedPolicy:
 
 
 def profiles_of(policy: Policy, model_name: str) -> list[Profile]:
-    """Say where the files come from that a policy reads.
-
-    A parameter whose text names a file is taken for one.
-    """
-    found = []
-    for field in dataclasses.fields(policy):
-        value = getattr(policy, field.name)
-        if policy.capabilities.needs_profile and value is None:
-            value = str(files("policies") / "profiles" / model_name / "retrieval.json")
-        if isinstance(value, str) and Path(value).expanduser().is_file():
-            found.append(_profile(field.name, Path(value).expanduser()))
-    return found
+    """Say where the files come from that a policy reads."""
+    named = policy.files(model_name)
+    return [_profile(parameter, path) for parameter, path in named.items()]
 
 
 def _profile(parameter: str, path: Path) -> Profile:

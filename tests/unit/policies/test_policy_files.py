@@ -15,15 +15,16 @@ import pytest
 from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.http.engine import profiles_of
-from kvserve.plan import streaming as stream_rule
+from kvserve.plan import streaming
 from kvserve.plan.request_policies import rule_named
 from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies import files
-from policies.base import ModelShape
+from policies.base import ModelShape, StreamingPolicy
 from policies.moa import MoA
 from policies.registry import create_policy
 from policies.retrieval import Retrieval
+from policies.sink_recent import SinkRecent
 
 MODEL = ModelShape("model", 2, 2, 2, 64)
 PAGE, LONGEST = 32, 4096
@@ -65,7 +66,7 @@ def test_a_request_that_names_the_policy_gets_the_profile_of_the_start(
     rule = MixedRule(StreamRule(policy, MODEL, PAGE, LONGEST))
     expected = rule_named(rule, "retrieval:recent=64", 1000).plan(1000)
     write_gates(path, [[0.1, 0.1], [0.1, 0.9]])
-    stream_rule._plan.cache_clear()
+    streaming._plan.cache_clear()
     assert rule_named(rule, "retrieval:recent=64", 1000).plan(1000) == expected
     other = rule_named(rule, "retrieval:recent=64,full_ratio=0.5", 1000).plan(1000)
     assert other.windows[0][0] == 0
@@ -80,6 +81,19 @@ def test_the_server_names_the_profile_that_it_serves(tmp_path: Path) -> None:
     write_gates(path, [[0.1, 0.1], [0.1, 0.9]])
     (found,) = profiles_of(policy, MODEL.name)
     assert found.sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameter"), [(Retrieval(), "profile"), (MoA(), "plan")]
+)
+def test_what_ships_is_named_by_the_parameter_that_would_replace_it(
+    policy: StreamingPolicy, parameter: str
+) -> None:
+    (found,) = profiles_of(policy, "SmolLM2-135M-Instruct")
+    assert found.parameter == parameter
+    name = {"profile": "retrieval.json", "plan": "moa.json"}[parameter]
+    assert Path(found.path).parts[-2:] == ("SmolLM2-135M-Instruct", name)
+    assert profiles_of(SinkRecent(), "SmolLM2-135M-Instruct") == []
 
 
 def test_a_file_of_a_policy_is_read_once(tmp_path: Path) -> None:
