@@ -2,11 +2,12 @@
 """Ways to find the heads that retrieve: how long they take, what they find.
 
     python -m benchmarks.profiles time          a random model of 0.5B parameters
-    python -m benchmarks.profiles make DIR      profiles of the embedded model
+    python -m benchmarks.profiles make DIR      profiles of a model
     python -m benchmarks.profiles needles DIR   serve each of them, ask for needles
+    ... --model DIR                             of another model than the embedded one
 
-Profiles: ``shipped`` is what ``kvserve profile retrieval`` measures in half an hour
-with its defaults, gates; ``scores`` are its copy scores alone; ``fast`` is
+Profiles: ``shipped``, if one ships, is what ``kvserve profile retrieval`` measures in
+half an hour with its defaults, gates; ``scores`` are its copy scores alone; ``fast`` is
 ``kvserve profile retrieval --fast``; ``repeats`` are the echo and induction heads of
 RazorAttention (arXiv 2407.15891): a thousand random tokens four times over, and the
 attention that each head pays to earlier copies of a token and to what followed them.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvserve.models import EMBEDDED_MODEL, embedded_model
+from kvserve.models import embedded_model
 from kvserve.profiling.attention_hook import install_attention, no_mask
 from kvserve.profiling.fast import profile_fast
 from kvserve.profiling.retrieval import kv_head_scores
@@ -92,32 +93,36 @@ def repeat_scores(model: Any, tokenizer: Any) -> Tensor:
     return kv_head_scores(best, config.num_key_value_heads)
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, model_dir: str) -> None:
     """Write the profiles that are compared, as ``NAME.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    shipped = json.loads(
-        (profile_folder(EMBEDDED_MODEL) / "retrieval.json").read_text()
-    )
-    scores = {key: shipped[key] for key in shipped if key != "kv_head_gates"}
+    profiles: dict[str, dict[str, Any]] = {}
+    shipped = profile_folder(Path(model_dir).name) / "retrieval.json"
+    if shipped.exists():
+        profiles["shipped"] = found = json.loads(shipped.read_text())
+        profiles["scores"] = {k: found[k] for k in found if k != "kv_head_gates"}
     began = time.perf_counter()
-    fast = json.loads(profile_fast(str(embedded_model()), folder).read_text())
+    fast = profiles["fast"] = json.loads(profile_fast(model_dir, folder).read_text())
     print(f"fast: {time.perf_counter() - began:.0f} s with loading")
-    model, tokenizer = load_model(str(embedded_model()), {})
+    model, tokenizer = load_model(model_dir, {})
     began = time.perf_counter()
-    repeats = scores | {"kv_head_scores": rounded(repeat_scores(model, tokenizer), 6)}
+    scores = rounded(repeat_scores(model, tokenizer), 6)
     print(f"repeats: {time.perf_counter() - began:.0f} s without loading")
-    for name, profile in zip(_NAMES, (shipped, scores, fast, repeats), strict=True):
+    others = {key: fast[key] for key in fast if key != "kv_head_gates"}
+    profiles["repeats"] = others | {"kv_head_scores": scores}
+    for name, profile in profiles.items():
         (folder / f"{name}.json").write_text(to_lines(profile))
 
 
-def needles(folder: Path, length: int, samples: int) -> int:
+def needles(folder: Path, model_dir: str, length: int, samples: int) -> int:
     """Serve each profile at each budget, ask for needles, print a table."""
-    command = [sys.executable, "-m", "kvserve.cli", "eval", "--out", str(folder)]
+    command = [sys.executable, "-m", "kvserve.cli", "eval", model_dir]
     command += ["--length", str(length), "--samples", str(samples)]
+    command += ["--out", str(folder)]
     for budget in _BUDGETS:
-        for name in _NAMES:
-            path = folder / f"{name}.json"
-            command += ["--policy", f"retrieval:budget={budget},profile={path}"]
+        for path in (folder / f"{name}.json" for name in _NAMES):
+            if path.exists():
+                command += ["--policy", f"retrieval:budget={budget},profile={path}"]
     return subprocess.run(command, check=False).returncode
 
 
@@ -151,18 +156,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kinds.add_parser("time")
-    kinds.add_parser("make").add_argument("folder", type=Path)
-    asking = kinds.add_parser("needles")
-    asking.add_argument("folder", type=Path)
+    making, asking = kinds.add_parser("make"), kinds.add_parser("needles")
+    for kind in (making, asking):
+        kind.add_argument("folder", type=Path)
+        kind.add_argument("--model", default=None)
     asking.add_argument("--length", type=int, default=2048)
     asking.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
     if args.kind == "time":
         measure_time()
-    elif args.kind == "make":
-        make(args.folder)
+        return 0
+    model_dir = args.model or str(embedded_model())
+    if args.kind == "make":
+        make(args.folder, model_dir)
     else:
-        return needles(args.folder, args.length, args.samples)
+        return needles(args.folder, model_dir, args.length, args.samples)
     return 0
 
 
