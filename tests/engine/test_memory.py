@@ -116,7 +116,9 @@ def test_the_usage_gauge_is_the_share_of_pages_that_requests_hold(
     assert max(shares) == pytest.approx(6 * 24 / engine.pages_for_requests)
 
 
-@pytest.mark.parametrize("name", ["tiny-long", "smollm2"])
+@pytest.mark.parametrize(
+    "name", ["tiny-long", pytest.param("smollm2", marks=pytest.mark.slow)]
+)
 def test_a_pool_holds_four_times_the_long_requests_of_stock_vllm(
     engines: EngineSlot, models: dict[str, Model], name: str
 ) -> None:

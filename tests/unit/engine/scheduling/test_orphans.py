@@ -30,13 +30,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("deaf", [False, True])
 @pytest.mark.parametrize(
-    ("method", "target"),
+    ("method", "target", "deaf"),
     [
-        ("fork", "run_engine_core"),
-        ("spawn", "run_engine_core"),
-        ("spawn", "run_api_server"),
+        ("fork", "run_engine_core", True),
+        ("spawn", "run_engine_core", False),
+        ("spawn", "run_api_server", True),
     ],
 )
 def test_a_process_ends_with_a_parent_that_is_killed(
