@@ -118,23 +118,28 @@ rules() {
   echo
 }
 
-# A reply that runs when everything is told to stop must be whole.
+# A reply that runs when everything is told to stop must be whole, or on a slow machine
+# what there is of it when --shutdown-timeout is over.
 stop() {
-  local start reply
+  local start took reply end
   reply=$(mktemp)
   ask 512 >"$reply" &
   sleep 3
   start=$SECONDS
   compose stop
+  took=$((SECONDS - start))
   wait $! || fail "the reply that ran was cut off"
-  grep -q '"finish_reason":"length"' "$reply" || fail "cut off: $(cat "$reply")"
+  end=$(grep -oE '"finish_reason":"[a-z]+"' "$reply" | cut -d'"' -f4)
+  [ "$end" = length ] || [ "$end $((took >= 60))" = 'abort 1' ] ||
+    fail "after $took s it ended as $end: $(cat "$reply")"
+  say "stopped in $took s; the reply that ran has $(grep -oE '"completion_tokens":[0-9]+' \
+    "$reply" | cut -d: -f2) of 512 tokens"
   rm "$reply"
   expect_exit $SERVER
   expect_exit $WATCHER
-  say "stopped in $((SECONDS - start)) s, after a reply of 512 tokens; exit codes 0"
 }
 
-# The volume holds what the first start compiled.
+# The volume holds the kernels that the first start compiled.
 again() {
   compose up -d
   wait_until_healthy $SERVER 900
