@@ -68,7 +68,10 @@ def _serve(argv: list[str]) -> int:
 
     gc.freeze()
     gc.enable()
-    code = serve(argv, quiet)
+    try:
+        code = serve(argv, quiet)
+    finally:
+        gc.unfreeze()  # or bindings list what a refused start leaves behind
     if quiet:
         _end(code)
     return code

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -402,18 +401,3 @@ def test_models_with_other_caches_are_refused(
     with pytest.raises(UserError, match=kind) as refusal:
         check_start(options)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("flags", [["-O2"], ["--policy", "none"]])
-def test_what_compiles_says_in_one_line_that_pythons_headers_are_missing(
-    flags: list[str],
-    models: dict[str, Model],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    model = str(models["tiny-gqa"].path)
-    said = _refusal(["serve", model, "--max-model-len", "64", *flags], capsys)
-    assert f"no {tmp_path}/Python.h" in said
-    assert "--enforce-eager" in said
