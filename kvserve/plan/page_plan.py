@@ -243,8 +243,8 @@ class PagePlan:
         return self
 
     def of_rank(self, rank: int) -> PagePlan:
-        """The plan of a rank's own heads."""
-        return self.by_rank[rank]
+        """The plan of a rank's own heads; of one that is no rank's, all of it."""
+        return self.by_rank[rank] if self.ranks > 1 else self
 
     def most_pages(self, tokens: int, in_flight: int = 1) -> int:
         """As :meth:`pages`: what a request needs on its way is no more."""
