@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvserve.models import embedded_model
-from kvserve.profiling.attention_hook import install_attention, no_mask
+from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.fast import profile_fast
 from kvserve.profiling.retrieval import kv_head_scores
 from kvserve.profiling.runs import load_model, profile_folder, rounded, to_lines
@@ -42,29 +42,22 @@ _BUDGETS = ("0.5", "0.25", "0.125")
 _NAMES = ("shipped", "scores", "fast", "repeats")
 
 
-class RepeatProbe:
+class RepeatProbe(PromptAttention):
     """Causal attention that notes what heads pay to earlier copies of a token."""
+
+    name = "benchmark_repeats"
 
     def __init__(self, queries: Tensor) -> None:
         self.queries = queries
         self.echo: list[Tensor] = []
         self.induction: list[Tensor] = []
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         output = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
         logits = query[0, :, self.queries] @ keys.transpose(1, 2) * scale
         later = torch.arange(keys.shape[1]) > self.queries[:, None]
@@ -73,7 +66,7 @@ class RepeatProbe:
             copies = self.queries[:, None] - _PERIOD * torch.arange(1, _REPEATS) + shift
             paid = weights.gather(2, copies.expand(len(weights), -1, -1))
             found.append(paid.sum(2).mean(1))
-        return output.transpose(1, 2).contiguous(), None
+        return output
 
 
 def repeat_scores(model: Any, tokenizer: Any) -> Tensor:
@@ -86,7 +79,7 @@ def repeat_scores(model: Any, tokenizer: Any) -> Tensor:
     tokens = torch.cat([begin, drawn.repeat(_REPEATS)])
     last = len(tokens) - 1 - torch.randperm(_PERIOD, generator=generator)[:_QUERIES]
     probe = RepeatProbe(last)
-    install_attention(model, "benchmark_repeats", probe, no_mask)
+    probe.attach(model)
     with torch.inference_mode():
         model(tokens[None], use_cache=False, logits_to_keep=1)
     best = torch.maximum(torch.stack(probe.echo), torch.stack(probe.induction))

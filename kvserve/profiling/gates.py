@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvserve.profiling.attention_hook import install_attention, no_mask
+from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.recital import Recital, build_recital
 from kvserve.texts.families import PROFILING
 
-_ATTENTION = "kvserve_gated"
 _BLOCK = 32
 _SINK_BLOCKS = 1
 _WINDOW_BLOCKS = 4
@@ -54,43 +53,32 @@ class GateSettings:
     seed: int
 
 
-class GatedAttention:
+class GatedAttention(PromptAttention):
     """Causal attention whose KV heads mix the whole cache with a window.
 
-    ``gates`` has shape ``[R, H_kv]``; ``None`` is the full model. To be used on a
-    whole prompt at once, without a cache.
+    ``gates`` has shape ``[R, H_kv]``; ``None`` is the full model.
     """
+
+    name = "kvserve_gates"
 
     def __init__(self) -> None:
         self.gates: Tensor | None = None
         self._visible = torch.zeros(0, 0, dtype=torch.bool)
 
-    def attach(self, model: Any) -> None:
-        """Make ``model`` compute its attention here."""
-        install_attention(model, _ATTENTION, self, no_mask)
-
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         group = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(group, dim=1)
         value = value.repeat_interleave(group, dim=1)
         attend = functional.scaled_dot_product_attention
-        output = attend(query, key, value, is_causal=True, scale=scaling)
+        output = attend(query, key, value, is_causal=True, scale=scale)
         if self.gates is not None:
             visible = self._window(query.shape[2], query.device)
-            window = attend(query, key, value, attn_mask=visible, scale=scaling)
-            gate = self.gates[module.layer_idx].repeat_interleave(group)
+            window = attend(query, key, value, attn_mask=visible, scale=scale)
+            gate = self.gates[layer].repeat_interleave(group)
             output = torch.lerp(window, output, gate[None, :, None, None])
-        return output.transpose(1, 2).contiguous(), None
+        return output
 
     def _window(self, tokens: int, device: torch.device) -> Tensor:
         if len(self._visible) != tokens:

@@ -34,12 +34,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvserve.profiling.attention_hook import install_attention, no_mask
+from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.recital import Recital
 
 BLOCK = 64
 _ROWS = 512
-_ATTENTION = "kvserve_influence"
 
 Measure = Literal["joint", "entries"]
 
@@ -102,14 +101,16 @@ def add_diagonals(curve: Tensor, changes: Tensor, first_block: int) -> None:
         curve[1:own] += row[1:own].flip(0)
 
 
-class InfluenceProbe:
+class InfluenceProbe(PromptAttention):
     """Causal attention whose backward pass notes what windows would change.
 
-    To be used on a whole prompt at once, a multiple of 64 tokens long.
+    Prompts are a multiple of 64 tokens long.
     ``curves[layer]`` has shape ``[H_kv, blocks]``: the first-order change of the loss
     for each window, its sign kept under ``joint``. It is complete after the backward
     pass. Attention matrices are made one tile of one head at a time.
     """
+
+    name = "kvserve_influence"
 
     def __init__(self, measure: Measure) -> None:
         self.curves: dict[int, Tensor] = {}
@@ -121,7 +122,7 @@ class InfluenceProbe:
         Layers are computed anew when the backward pass reaches them; the models'
         own switch for it works in training mode only, where dropout must not.
         """
-        install_attention(model, _ATTENTION, self, no_mask)
+        super().attach(model)
         model.requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -129,22 +130,13 @@ class InfluenceProbe:
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         output: Tensor = _ProbedAttention.apply(  # type: ignore[no-untyped-call]
-            query[0], key[0], value[0], scale, self, module.layer_idx
+            query[0], key[0], value[0], scale, self, layer
         )
-        return output.transpose(0, 1)[None].contiguous(), None
+        return output[None]
 
 
 class _ProbedAttention(torch.autograd.Function):

@@ -9,43 +9,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvserve.profiling.attention_hook import install_attention, no_mask
+from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.recital import Recital
 
 PAGE = 32
 SINKS = 64
 _ROWS = 512
-_ATTENTION = "kvserve_spans"
 
 
-class SpanAttention:
+class SpanAttention(PromptAttention):
     """Causal attention in which each KV head sees 64 sinks and its window.
 
     Windows are counted in pages of 32 tokens, as the engine does at its default page
     size. ``spans`` has shape ``[R][H_kv]``, in tokens, sinks included; ``None`` is the
-    dense model. To be used on a whole prompt at once, without a cache.
+    dense model.
     """
+
+    name = "kvserve_spans"
 
     def __init__(self) -> None:
         self.spans: list[list[int]] | None = None
 
-    def attach(self, model: Any) -> None:
-        """Make ``model`` compute its attention here."""
-        install_attention(model, _ATTENTION, self, no_mask)
-
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         num_kv_heads, tokens = key.shape[1:3]
-        spans = self.spans[module.layer_idx] if self.spans else [tokens] * num_kv_heads
+        spans = self.spans[layer] if self.spans else [tokens] * num_kv_heads
         group = query.shape[1] // num_kv_heads
         outputs = [
             _attend(
@@ -53,22 +42,22 @@ class SpanAttention:
                 key[:, head : head + 1],
                 value[:, head : head + 1],
                 spans[head],
-                scaling,
+                scale,
             )
             for head in range(num_kv_heads)
         ]
-        return torch.cat(outputs, dim=1).transpose(1, 2).contiguous(), None
+        return torch.cat(outputs, dim=1)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, span: int, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, span: int, scale: float
 ) -> Tensor:
     """Attend with the query heads of one KV head, a tile of rows at a time."""
     tokens = key.shape[2]
     key, value = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
     attend = functional.scaled_dot_product_attention
     if span >= tokens:
-        return attend(query, key, value, is_causal=True, scale=scaling)
+        return attend(query, key, value, is_causal=True, scale=scale)
     tiles = []
     for first in range(0, tokens, _ROWS):
         rows = torch.arange(first, min(first + _ROWS, tokens), device=key.device)
@@ -81,7 +70,7 @@ def _attend(
                 key[:, :, keys],
                 value[:, :, keys],
                 attn_mask=seen & (keys <= rows[:, None]),
-                scale=scaling,
+                scale=scale,
             )
         )
     return torch.cat(tiles, dim=2)

@@ -32,14 +32,6 @@ from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(vocab_size=257).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, and few facts: a letter is a token of the tiny model."""
@@ -187,7 +179,7 @@ def test_heads_that_repeat_are_told_by_where_they_look() -> None:
     for place in (3000, 3999):
         query[0, 0, place, place - 1000] = 50.0  # an earlier copy of the same token
         query[0, 1, place, place - 1999] = 50.0  # what came behind an earlier copy
-    probe(None, query, keys, torch.zeros(1, 1, 4000, 1), None, scaling=1.0)
+    probe.attend(0, query, keys, torch.zeros(1, 1, 4000, 1), 1.0)
     torch.testing.assert_close(probe.echo[0], torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(probe.induction[0], torch.tensor([0.0, 1.0]))
 

@@ -28,7 +28,6 @@ from kvserve.profiling.retrieval import (
 from kvserve.texts.needles import Needle, NeedlePrompt
 from policies.base import ModelShape
 from policies.head_scores import load_head_scores, top_heads
-from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
 # A random model finds nothing: keep its instances all the same.
@@ -132,14 +131,6 @@ def test_a_kv_head_takes_the_best_of_its_group() -> None:
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.0], [0.0, 0.0, 0.3, 0.9]])
     expected = torch.tensor([[0.4, 0.2], [0.0, 0.9]])
     torch.testing.assert_close(kv_head_scores(scores, 2), expected)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(vocab_size=257).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
