@@ -7,9 +7,9 @@ from __future__ import annotations
 def register() -> None:
     """Teach vLLM's scheduler about head pages; nothing changes until they are used.
 
-    The engine core learns two calls besides, which the HTTP routes make; on a CPU there
-    are more kernels to choose from. Processes that vLLM starts learn to end with the
-    one that starts them.
+    The engine core learns three calls besides, which the HTTP routes make; on a CPU
+    there are more kernels to choose from. Processes that vLLM starts learn to end with
+    the one that starts them.
     """
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

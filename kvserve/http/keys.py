@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -15,6 +16,7 @@ from kvserve.http.gateway import gateway_of, path_of
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 """What probes and scrapers ask for; they carry no key."""
+NEEDS_KEY = "This server needs an API key: send `Authorization: Bearer KEY`."
 OPEN_PAGE = "/dashboard"
 """The page asks its user for the key; the page itself holds nothing."""
 
@@ -28,6 +30,13 @@ def bearer_token(headers: Headers) -> str:
     """Return the key that a request carries, or an empty text."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     return token if scheme.lower() == "bearer" else ""
+
+
+def carries_key(headers: Headers, keys: Sequence[str]) -> bool:
+    """Tell whether a request carries one of the keys."""
+    token = _digest(bearer_token(headers))
+    # All are compared, so that time does not tell which was nearly right.
+    return sum(secrets.compare_digest(token, _digest(key)) for key in keys) > 0
 
 
 class ApiKeys:
@@ -44,7 +53,7 @@ class ApiKeys:
         else:
             response = error_response(
                 HTTPStatus.UNAUTHORIZED,
-                "This server needs an API key: send `Authorization: Bearer KEY`.",
+                NEEDS_KEY,
                 headers={"WWW-Authenticate": "Bearer"},
             )
             await response(scope, receive, send)
@@ -54,9 +63,7 @@ class ApiKeys:
         # Browsers ask by OPTIONS, without a key, whether they may send one.
         if not keys or scope.get("method") == "OPTIONS" or is_open(path_of(scope)):
             return True
-        token = _digest(bearer_token(Headers(scope=scope)))
-        # All are compared, so that time does not tell which was nearly right.
-        return sum(secrets.compare_digest(token, _digest(key)) for key in keys) > 0
+        return carries_key(Headers(scope=scope), keys)
 
 
 def _digest(key: str) -> bytes:

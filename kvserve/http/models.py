@@ -184,6 +184,16 @@ class Traffic(Body):
     inter_token_latency: Latency
 
 
+class Integrity(Body):
+    """Whether pool, page lists, books and prefix index agree with each other."""
+
+    sound: bool
+    faults: list[str] = Field(
+        description="A line for each, a hundred at most of an engine.",
+        examples=[["page 7: neither free nor in a list"]],
+    )
+
+
 class Stats(Body):
     object: Literal["kv.stats"] = "kv.stats"
     time: float = Field(description="Seconds since 1970.", examples=[1790000000.0])
@@ -194,6 +204,9 @@ class Stats(Body):
     cache: Cache | None = Field(default=None, description="Null for stock vLLM.")
     traffic: Traffic | None = Field(
         default=None, description="Null under --disable-log-stats."
+    )
+    integrity: Integrity | None = Field(
+        default=None, description="With `check=1`; null for stock vLLM."
     )
 
 

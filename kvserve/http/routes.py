@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from kvserve.http.engine import ServedPolicy
 from kvserve.http.gateway import Gateway, gateway_of
+from kvserve.http.keys import NEEDS_KEY, carries_key
 from kvserve.http.models import (
     ErrorBody,
     PlanBody,
@@ -75,6 +76,10 @@ APolicy = Annotated[ServedPolicy, Depends(_policy)]
 Context = Annotated[
     int, Query(ge=1, description="Tokens of a request, prompt and reply.")
 ]
+Check = Annotated[
+    bool,
+    Query(description="Check the cache's books, if the server has an API key."),
+]
 
 
 @router.get("/policy")
@@ -89,11 +94,37 @@ async def policy(gateway: AGateway, context: Context | None = None) -> PolicyBod
     return gateway.policy.describe(_checked(context or most, most))
 
 
-@router.get("/stats")
-async def stats(gateway: AGateway, sampler: ASampler) -> Stats:
-    """What running requests hold, against a full cache, and vLLM's own counters."""
+def _may_check(gateway: AGateway, request: Request, check: Check = False) -> bool:
+    """Let those check who hold a key: each check keeps every request waiting."""
+    if check and not gateway.api_keys:
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "A check holds up every request, so it is for holders of a key: start the "
+            "server with --api-key KEY.",
+        )
+    if check and not carries_key(request.headers, gateway.api_keys):
+        bearer = {"WWW-Authenticate": "Bearer"}
+        raise HTTPException(HTTPStatus.UNAUTHORIZED, NEEDS_KEY, bearer)
+    return check
+
+
+@router.get(
+    "/stats",
+    responses={403: {"model": ErrorBody, "description": "No key guards the check."}},
+)
+async def stats(
+    gateway: AGateway,
+    check: Annotated[bool, Depends(_may_check)],
+    sampler: ASampler,
+) -> Stats:
+    """What running requests hold, against a full cache, and vLLM's own counters.
+
+    With `check=1` the engine also checks that its pool, page lists, books and prefix
+    index agree, between two steps.
+    """
     try:
-        return stats_of(gateway, await sampler.sample())
+        faults = await sampler.faults() if check else None
+        return stats_of(gateway, await sampler.sample(), faults)
     except EngineSilentError:
         raise _silent() from None
 

@@ -88,6 +88,25 @@ class Sampler:
         found = [receipt for part in parts for receipt in part]
         return sorted(found, key=lambda one: -one["finished"])
 
+    async def faults(self) -> list[str] | None:
+        """Let every engine check its pool, lists and index; return what is wrong.
+
+        ``None`` means that there is no policy.
+
+        Raises:
+            EngineSilentError: no answer.
+        """
+        parts = await self._call("kvserve_integrity")
+        if parts[0] is None:
+            return None
+        if len(parts) == 1:
+            return list(parts[0])
+        return [
+            f"engine {number}: {fault}"
+            for number, part in enumerate(parts)
+            for fault in part
+        ]
+
     async def keep_metrics(self) -> None:
         """Sample once a second till the server stops."""
         while not self._is_stopping():

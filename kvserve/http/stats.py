@@ -7,13 +7,19 @@ import dataclasses
 
 from kvserve.http.cache_report import CacheReport
 from kvserve.http.gateway import Gateway
-from kvserve.http.models import Bytes, Cache, Pages, Running, Stats
+from kvserve.http.models import Bytes, Cache, Integrity, Pages, Running, Stats
 from kvserve.http.sampler import Sample
 from kvserve.http.traffic import read_traffic
 
 
-def stats_of(gateway: Gateway, sample: Sample) -> Stats:
-    """Say how the server does."""
+def stats_of(
+    gateway: Gateway, sample: Sample, faults: list[str] | None = None
+) -> Stats:
+    """Say how the server does.
+
+    Args:
+        faults: what a check of the engines found, if they were asked for one.
+    """
     report = sample.report
     cache = report.cache
     return Stats(
@@ -24,7 +30,12 @@ def stats_of(gateway: Gateway, sample: Sample) -> Stats:
         draining=gateway.draining,
         cache=_cache(cache, sample.evictions_per_second) if cache else None,
         traffic=read_traffic(),
+        integrity=_integrity(faults),
     )
+
+
+def _integrity(faults: list[str] | None) -> Integrity | None:
+    return None if faults is None else Integrity(sound=not faults, faults=faults)
 
 
 def _cache(report: CacheReport, evictions_per_second: float) -> Cache:

@@ -59,6 +59,15 @@ def engines() -> Iterator[EngineSlot]:
     slot.close()
 
 
+@pytest.fixture(autouse=True)
+def _sound_books(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check the engine's books after every test that had one."""
+    yield
+    if "engines" in request.fixturenames:
+        slot: EngineSlot = request.getfixturevalue("engines")
+        slot.check_books()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""

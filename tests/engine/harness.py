@@ -114,6 +114,14 @@ class Engine:
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return manager
 
+    def check_books(self) -> None:
+        """Check that pool, lists and index agree; stock vLLM has none of ours."""
+        from kvserve.engine.scheduling.integrity import check_integrity
+        from kvserve.engine.scheduling.manager import HeadPagedManager
+
+        if isinstance(self.manager, HeadPagedManager):
+            assert check_integrity(self.manager, self.scheduler.requests) == []
+
     @property
     def builder(self) -> Any:
         """Who builds the rows of each step, in the worker."""
@@ -294,11 +302,17 @@ class EngineSlot:
     ) -> Engine:
         """Return an idle engine with these settings."""
         key = (model, policy, policy_args, options)
+        self.check_books()
         if self._engine is None or key != self._key or self._engine.is_busy:
             self.close()
             self._engine = Engine(model, policy, policy_args, **options)
             self._key = key
         return self._engine
+
+    def check_books(self) -> None:
+        """Check those of the living engine, whatever has become of its requests."""
+        if self._engine is not None:
+            self._engine.check_books()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -93,6 +93,7 @@ class Load:
                 name = self.engine.add(job.prompt, job.max_tokens, **job.sampling)
                 self.names[name] = job
             self.engine.step()
+            self.engine.check_books()
             requests = dict(self.engine.scheduler.requests)
             for name, request in requests.items():
                 self._abort_if_due(name, request)

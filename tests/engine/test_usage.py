@@ -42,11 +42,8 @@ def start(engines: EngineSlot, model: Model, policy: str, **options: Any) -> Eng
 def check_pool(engine: Engine, found: dict[str, Any]) -> None:
     """Every page that is not free is held by a request that says so."""
     held = {row["request_id"]: row["pages_held"] for row in found["cache"]["requests"]}
-    (manager,) = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert held == {
-        name: sum(not page.is_null for page in pages)
-        for name, pages in manager.req_to_blocks.items()
-    }
+    engine.check_books()
+    assert held == {name: engine.manager.pages_held(name) for name in engine.pages_held}
     assert sum(held.values()) == found["pages_total"] - found["pages_free"]
     assert found["pages_total"] == engine.pages_for_requests
     retained = sum(row["entries_retained"] for row in found["cache"]["requests"])

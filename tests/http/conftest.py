@@ -16,6 +16,9 @@ from tests.http.harness import KEY, Server
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"), "--receipt-header", key=KEY)
     yield server
+    with server.client() as client:
+        found = client.get("/v1/kv/stats", params={"check": 1}).json()
+    assert found["integrity"] == {"sound": True, "faults": []}
     assert server.stop() in (0, -signal.SIGTERM, 143)
 
 

@@ -20,7 +20,14 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 from kvserve.http.metrics import COUNTERS, GAUGES
-from kvserve.http.models import PlanBody, PolicyBody, Receipts, RequestReceipt, Stats
+from kvserve.http.models import (
+    Integrity,
+    PlanBody,
+    PolicyBody,
+    Receipts,
+    RequestReceipt,
+    Stats,
+)
 from tests.http.harness import MODEL, Server, completion
 
 pytestmark = pytest.mark.engine
@@ -107,6 +114,19 @@ def test_stats_show_what_a_request_holds_and_that_it_gives_it_back(
     assert cache.compression_ratio == pytest.approx(full / cache.pages.held)
     assert cache.entries_evicted > 0
     assert idle(client).pages.held == 0
+
+
+def test_books_are_sound_while_a_request_runs_and_when_it_is_gone(
+    client: httpx.Client,
+) -> None:
+    check = {"check": 1}
+    with running(client):
+        busy = Stats(**client.get("/v1/kv/stats", params=check).json())
+    assert busy.running == 1
+    assert busy.integrity == Integrity(sound=True, faults=[])
+    idle(client)
+    gone = Stats(**client.get("/v1/kv/stats", params=check).json())
+    assert gone.integrity == Integrity(sound=True, faults=[])
 
 
 def idle(client: httpx.Client) -> Any:

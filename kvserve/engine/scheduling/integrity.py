@@ -20,6 +20,8 @@ from kvserve.engine.scheduling.prefix_index import PrefixIndex
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.rule import RequestPlan
 
+_BROKEN = "free pages: their links are broken"
+
 
 class Computing(Protocol):
     """A request, as far as it says what of its pages is needed."""
@@ -36,8 +38,8 @@ def check_integrity(
     1. Of the pool's pages the first is null, the next ``num_scratch_pages`` are
        scratch, and each other is either free or held by a list, so that free, held,
        scratch and null pages are all there are. The pool counts itself without scratch.
-    2. The queue of free pages is linked both ways, has no page twice and is as long as
-       it counts; so is that of passed pages, which knows its pages by id as well.
+    2. The queue of free pages is linked both ways, so that no page is there twice, and
+       is as long as it counts; so is that of passed pages, which knows them by id too.
     3. A page's references are the lists that name it; a scratch page has one.
     4. No list names a page twice, and no two lists the same unless pages are shared.
     5. A list has ``plan.entries(n)`` entries, where ``n`` are the request's tokens in
@@ -81,33 +83,31 @@ class _Books:
 
     def pages(self) -> Iterator[str]:
         """Check that every page is in one place, and counted there."""
-        pool, scratch = self.manager.block_pool, self._scratch
+        pool, scratch = self.manager.block_pool, self.manager.num_scratch_pages
         total = len(pool.blocks)
         if pool.num_gpu_blocks + scratch != total:
             yield (
                 f"pool: counts {pool.num_gpu_blocks} pages and has {total}, "
                 f"{scratch} of them scratch"
             )
-        queued, faults = _queued(pool.free_block_queue, total)
-        yield from faults
-        free = np.bincount(queued, minlength=total)
         named = np.concatenate([np.zeros(1, dtype=np.int64), *self.lists.values()])
         held = np.bincount(named, minlength=total)
         held[0] = 0
         fixed = np.arange(total) <= scratch
-        yield from _lines(free > 1, "page {}: more than once among the free")
-        yield from _lines(fixed & (free > 0), "page {}: null or scratch, and free")
-        yield from _lines(fixed & (held > 0), "page {}: scratch, and in a list")
-        rest = ~fixed
-        yield from _lines(
-            rest & (free > 0) & (held > 0), "page {}: free, and in a list"
-        )
-        yield from _lines(
-            rest & (free == 0) & (held == 0), "page {}: neither free nor in a list"
-        )
-        if self.manager.index is None:
-            yield from _lines(held > 1, "page {}: in two lists, and nothing is shared")
         yield from self._references(held + fixed)
+        yield from _lines(fixed & (held > 0), "page {}: scratch, and in a list")
+        if self.manager.index is None:
+            yield from _lines(held > 1, "page {}: named twice, and nothing is shared")
+        queued, faults = _queued(pool.free_block_queue, total)
+        yield from faults
+        if queued is not None:
+            free = np.bincount(queued, minlength=total) > 0
+            yield from _lines(fixed & free, "page {}: null or scratch, and free")
+            rest, listed = ~fixed, held > 0
+            yield from _lines(rest & free & listed, "page {}: free, and in a list")
+            yield from _lines(
+                rest & ~free & ~listed, "page {}: neither free nor in a list"
+            )
 
     def _references(self, expected: IntArray) -> Iterator[str]:
         """Compare references; those of the null page are not maintained."""
@@ -125,12 +125,15 @@ class _Books:
             held = ids[ids > 0]
             if len(np.unique(held)) < len(held):
                 yield f"request {name}: names a page twice"
-            if self.manager.pages_held(name) != len(held):
+            # A request that is gone has left no plan either.
+            if name not in self.requests:
+                continue
+            counted = self.manager.pages_held(name)
+            if counted != len(held):
                 yield (
-                    f"request {name}: pages_held says "
-                    f"{self.manager.pages_held(name)}, its list {len(held)}"
+                    f"request {name}: pages_held says {counted}, its list {len(held)}"
                 )
-            if name in self.manager.ledger.tokens and name in self.requests:
+            if name in self.manager.ledger.tokens:
                 yield from self._against_plan(name, ids)
 
     def _against_plan(self, name: str, ids: IntArray) -> Iterator[str]:
@@ -142,7 +145,7 @@ class _Books:
                 f"its plan says {entries}"
             )
             return
-        computed = self.requests[name].num_computed_tokens
+        computed = min(self.requests[name].num_computed_tokens, tokens)
         # The last step's tokens are not computed when pages are given back.
         earliest = max(tokens - max(self.manager.rule.in_flight, 1), 0)
         missing = (ids == 0) & ~_given_back(plan, entries, computed)
@@ -174,10 +177,6 @@ class _Books:
                     f"{computed} are computed"
                 )
 
-    @property
-    def _scratch(self) -> int:
-        return self.manager.num_scratch_pages
-
 
 def _given_back(plan: RequestPlan, entries: int, tokens: int) -> BoolArray:
     """Which of a list's entries are null once ``tokens`` are computed."""
@@ -186,44 +185,50 @@ def _given_back(plan: RequestPlan, entries: int, tokens: int) -> BoolArray:
     return gone
 
 
-def _lines(faulty: np.ndarray, line: str) -> Iterator[str]:
+def _lines(faulty: BoolArray, line: str) -> Iterator[str]:
     return map(line.format, np.flatnonzero(faulty).tolist())
 
 
-def _queued(queue: FreeKVCacheBlockQueue, most: int) -> tuple[list[int], list[str]]:
-    """Return the free pages, and what is wrong with their queue."""
-    found, faults = _walk(queue, most)
+def _queued(
+    queue: FreeKVCacheBlockQueue, most: int
+) -> tuple[list[int] | None, list[str]]:
+    """Return the free pages, if the queue's links are whole, and what is wrong."""
+    found, faults = _walk(queue, most), list[str]()
     if isinstance(queue, FreePages):
-        passed, more = _walk(queue.passed, most)
-        faults += more
+        passed = _walk(queue.passed, most)
+        if passed is None or found is None:
+            return None, [_BROKEN]
         if set(passed) != queue.passed_ids:
             faults.append("free pages: the passed ones are not those known by id")
         if len(passed) != queue.passed.num_free_blocks:
             faults.append(
-                f"free pages: counts {queue.passed.num_free_blocks} passed ones "
-                f"and has {len(passed)}"
+                f"free pages: {len(passed)} passed ones, counted as "
+                f"{queue.passed.num_free_blocks}"
             )
         found += passed
+    if found is None:
+        return None, [_BROKEN]
     if len(found) != queue.num_free_blocks:
-        faults.append(
-            f"free pages: counts {queue.num_free_blocks} and has {len(found)}"
-        )
+        faults.append(f"free pages: {len(found)}, counted as {queue.num_free_blocks}")
     return found, faults
 
 
-def _walk(queue: FreeKVCacheBlockQueue, most: int) -> tuple[list[int], list[str]]:
-    """Follow a queue's links, which a fault may have bent to a ring."""
+def _walk(queue: FreeKVCacheBlockQueue, most: int) -> list[int] | None:
+    """Follow a queue's links both ways; ``None`` if they are broken.
+
+    A page that stands in a queue twice, or in two, breaks them.
+    """
     found: list[int] = []
     before, tail = queue.fake_free_list_head, queue.fake_free_list_tail
     while len(found) <= most:
         page = before.next_free_block
         if page is None or page.prev_free_block is not before:
-            break
+            return None
         if page is tail:
-            return found, []
+            return found
         found.append(page.block_id)
         before = page
-    return found[:most], [f"free pages: links are broken after {len(found)} pages"]
+    return None
 
 
 def _hashes(pages: list[KVCacheBlock], index: PrefixIndex | None) -> Iterator[str]:
@@ -232,7 +237,7 @@ def _hashes(pages: list[KVCacheBlock], index: PrefixIndex | None) -> Iterator[st
     records = {} if index is None else index.records
     for block_hash, record in records.items():
         if get_block_hash(record.key) != block_hash:
-            yield f"index: a record of {block_hash.hex()[:12]} has another's key"
+            yield f"index: the record of {block_hash.hex()[:12]} has another's key"
         if len(record.pages) != record.needs.width:
             yield (
                 f"index: the record of {block_hash.hex()[:12]} has "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two calls that vLLM's engine core answers for the HTTP routes.
+"""Three calls that vLLM's engine core answers for the HTTP routes.
 
 They run between steps, in the scheduler's own thread, so that they see whole steps.
 """
@@ -12,17 +12,22 @@ from typing import Any, cast
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 
+from kvserve.engine.scheduling.integrity import check_integrity
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.scheduling.usage import WorkerUsage, cache_usage
 
 REPORT = "kvserve_report"
 RECEIPTS = "kvserve_receipts"
+INTEGRITY = "kvserve_integrity"
+_MOST_FAULTS = 100
+"""Faults that one answer names: a broken pool can have as many as pages."""
 
 
 def add_utilities() -> None:
-    """Let the engine core answer ``kvserve_report`` and ``kvserve_receipts``."""
+    """Let the engine core answer the calls above."""
     EngineCore.kvserve_report = _report  # type: ignore[attr-defined]
     EngineCore.kvserve_receipts = _receipts  # type: ignore[attr-defined]
+    EngineCore.kvserve_integrity = _integrity  # type: ignore[attr-defined]
 
 
 def _scheduler(core: EngineCore) -> Scheduler:
@@ -65,3 +70,15 @@ def _receipts(core: EngineCore) -> list[dict[str, Any]] | None:
         dataclasses.asdict(receipt) | {"entries_evicted": receipt.entries_evicted}
         for receipt in found
     ]
+
+
+def _integrity(core: EngineCore) -> list[str] | None:
+    """Return the faults of pool, lists and index; ``None`` without a policy."""
+    manager = _manager(core)
+    if manager is None:
+        return None
+    faults = check_integrity(manager, _scheduler(core).requests)
+    if len(faults) > _MOST_FAULTS:
+        more = len(faults) - _MOST_FAULTS
+        return [*faults[:_MOST_FAULTS], f"and {more} more"]
+    return faults
