@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import cast
 
@@ -19,22 +19,33 @@ from kvserve.engine.scheduling.integrity import check_integrity
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
 from kvserve.plan.dense import DenseRule
-from kvserve.plan.rule import Rule
+from kvserve.plan.rule import MixedRule, Rule
 from kvserve.plan.streaming import StreamRule
 from kvserve.plugin import register
-from policies.base import ModelShape
+from policies.base import ModelShape, Policy
+from policies.full import Full
 from policies.sink_recent import SinkRecent
 from policies.snapkv import SnapKV
 
 PAGE, MAX_TOKENS, CHUNK, SCRATCH = 32, 1024, 96, 5
 MODEL = ModelShape("tiny", 1, 2, 2, 8, MAX_TOKENS)
-RECENT = SinkRecent(sinks=32, recent=64)
+SHAPE = MODEL, PAGE, MAX_TOKENS
+RING = StreamRule(SinkRecent(sinks=32, recent=64), *SHAPE)
+SHARED = replace(RING, in_flight=CHUNK)
+SELECTING = SnapKV(capacity=64, window=16)
 
-RULES: dict[str, Callable[[], Rule]] = {
-    "ring": lambda: StreamRule(RECENT, MODEL, PAGE, MAX_TOKENS),
-    "shared": lambda: StreamRule(RECENT, MODEL, PAGE, MAX_TOKENS, in_flight=CHUNK),
-    "dense": lambda: DenseRule(SnapKV(capacity=64, window=16), MODEL, PAGE, MAX_TOKENS),
+RULES: dict[str, Rule] = {
+    "ring": RING,
+    "shared": SHARED,
+    "dense": DenseRule(SELECTING, *SHAPE),
+    "mixed": MixedRule(RING, CHUNK),
+    "mixed and shared": MixedRule(SHARED, CHUNK),
 }
+NAMED: dict[str, tuple[Policy | None, ...]] = {
+    "mixed": (None, Full(), SELECTING),
+    "mixed and shared": (None, Full(), SinkRecent(sinks=64, recent=96)),
+}
+"""Policies that requests name."""
 
 
 class Books:
@@ -48,7 +59,8 @@ class Books:
     def __init__(self, kind: str, num_pages: int = 400) -> None:
         register()
         init_none_hash(sha256)
-        rule = RULES[kind]()
+        rule = RULES[kind]
+        self.named = NAMED.get(kind, (None,))
         spec = (SharedPagedSpec if rule.is_shared else HeadPagedSpec)(
             plan=rule.largest,
             rule=rule,
@@ -66,15 +78,20 @@ class Books:
         self.requests: dict[str, Request] = {}
         self._hasher = get_request_block_hasher(PAGE, sha256)
 
-    def add(self, name: str, prompt: list[int]) -> Request:
+    def add(
+        self, name: str, prompt: list[int], policy: Policy | None = None
+    ) -> Request:
+        rule = self.manager.rule
+        own = rule.under(policy) if policy and isinstance(rule, MixedRule) else None
         request = Request(
             name,
             prompt,
             SamplingParams(max_tokens=MAX_TOKENS - len(prompt)),
             None,
+            cache_salt=repr(policy),
             block_hasher=self._hasher,
         )
-        self.manager.expect(name, len(prompt), MAX_TOKENS - len(prompt))
+        self.manager.expect(name, len(prompt), MAX_TOKENS - len(prompt), own)
         self.requests[name] = request
         return request
 
@@ -121,7 +138,8 @@ def random_load(books: Books, rng: Random, events: int) -> None:
         if len(books.requests) < 4:
             stem = [rng.randrange(2)] * rng.randint(0, 200)
             tail = [rng.randrange(99) for _ in range(rng.randint(1, 200))]
-            books.add(f"request-{number}", stem + tail)
+            policy = rng.choice(books.named)
+            books.add(f"request-{number}", stem + tail, policy)
         request = rng.choice(list(books.requests.values()))
         what = rng.random()
         if what < 0.05:

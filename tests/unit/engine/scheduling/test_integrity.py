@@ -19,7 +19,7 @@ NULL, FIRST_SCRATCH = 0, 1
 
 
 @pytest.mark.parametrize("kind", RULES)
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(seeds())
 def test_any_load_leaves_sound_books(kind: str, rng: Random) -> None:
     books = Books(kind, num_pages=80)
