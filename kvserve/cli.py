@@ -118,7 +118,8 @@ def _eval(argv: list[str]) -> int:
     # progress bar should not drown in vLLM's start-up log.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from kvserve.evaluation.command import add_arguments, run
+    from kvserve.evaluation.arguments import add_arguments
+    from kvserve.evaluation.command import run
 
     parser = argparse.ArgumentParser(prog="kvserve eval")
     add_arguments(parser)

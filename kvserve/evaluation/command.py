@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kvserve.errors import UserError
+from kvserve.evaluation.arguments import BOOK
 from kvserve.evaluation.catalogue import built_in
 from kvserve.evaluation.contenders import (
-    DTYPES,
     LocalEngine,
     PolicyContender,
     ServerContender,
@@ -29,27 +29,11 @@ from kvserve.evaluation.store import Cell, Store
 from kvserve.evaluation.summary import Line, Summary
 from kvserve.evaluation.tasks import Task
 from kvserve.evaluation.user_task import load_user_task
-from kvserve.models import EMBEDDED_MODEL
-from kvserve.processor import default_dtype
 from kvserve.profiling.fast import profile_arguments
-from kvserve.texts.haystack import Book, load_book, load_text
+from kvserve.texts.haystack import load_book, load_text
 from kvserve.units import parse_bytes
 from kvserve.version import __version__
 from policies.budgets import PolicySpec
-
-_BOOK: Book = "persuasion"
-_EXAMPLES = """examples:
-  kvserve eval --policy retrieval:budget=0.25 --policy snapkv:budget=0.25
-  kvserve eval MODEL --policy sink-recent:budget=512 --task needle,multikey \\
-      --length 1024,4096 --samples 16 --out report/
-  kvserve eval --policy h2o --task questions.jsonl      your own prompts and answers
-  kvserve eval --find-budget 0.99 --policy retrieval --length 4096
-  kvserve eval --url http://127.0.0.1:8000              a server that is running
-
-A policy is NAME or NAME:key=value,key=value; besides its own parameters every policy
-takes budget=0.25 (share of KV entries) or budget=512 (tokens). `full` is always run,
-to compare with. Ctrl-C keeps what is done; the same command goes on.
-"""
 
 
 @dataclass(frozen=True)
@@ -60,95 +44,6 @@ class Work:
     assignments: list[Assignment]
     conditions: dict[str, Any]
     longest: int
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``kvserve eval``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Measure what cache policies lose, through the real engine."
-    parser.epilog = _EXAMPLES
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
-    )
-    parser.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="a policy to measure; may be given several times (default: full)",
-    )
-    parser.add_argument(
-        "--url",
-        action="append",
-        default=[],
-        metavar="[NAME=]URL",
-        help="measure a running server instead; may be given several times. The name "
-        "`full` makes it what others are compared with. OPENAI_API_KEY is sent along",
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME|FILE.jsonl,...",
-        help=f"{', '.join(built_in())}, or a file of lines "
-        '{"prompt": ..., "answer": ...} (default: needle)',
-    )
-    parser.add_argument(
-        "--length",
-        action="append",
-        metavar="N,...",
-        help="tokens of prompt and reply together (default: 1024,2048,4096, or 4096 "
-        "with --find-budget)",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="prompts for each task and length, depths spread evenly (default: 16)",
-    )
-    parser.add_argument(
-        "--haystack",
-        type=Path,
-        metavar="FILE",
-        help="text to hide things in (default: a novel that ships)",
-    )
-    parser.add_argument(
-        "--find-budget",
-        type=float,
-        metavar="SHARE",
-        help="bisect the budget of one --policy to the least memory that keeps this "
-        "share of the full score, e.g. 0.99",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="draws all prompts (default: 0)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default=default_dtype(),
-        help="default: bfloat16, or float32 where that is much faster",
-    )
-    parser.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        metavar="TYPE",
-        help="what pages hold, e.g. int8_per_token_head (default: the model's type)",
-    )
-    parser.add_argument(
-        "--kv-memory",
-        metavar="BYTES",
-        help="size of each engine's KV pool, e.g. 2GiB (default: eight full requests)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="where results are kept and the report is written (default: report)",
-    )
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -190,7 +85,7 @@ def prepare(args: argparse.Namespace) -> Work:
     if args.find_budget is not None and not 0 < args.find_budget <= 1:
         raise UserError(f"--find-budget {args.find_budget}: must lie in 0 to 1")
     lengths = _lengths(args)
-    text = load_text(args.haystack, "--haystack") if args.haystack else load_book(_BOOK)
+    text = load_text(args.haystack, "--haystack") if args.haystack else load_book(BOOK)
     names = [name for part in args.task or ["needle"] for name in part.split(",")]
     tasks = _tasks(names)
     model = load_model(args.model)
@@ -211,7 +106,7 @@ def prepare(args: argparse.Namespace) -> Work:
             f"reads at most {model.limit}"
         )
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    haystack = args.haystack.name if args.haystack else f"{_BOOK}.txt"
+    haystack = args.haystack.name if args.haystack else f"{BOOK}.txt"
     conditions = {
         "model": model.name,
         "weights": model.weights,

@@ -1,55 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of a CPU, in C++: compiled at first need, for the CPU that runs them.
+"""Kernels of a CPU, in C++.
 
-Where there is no compiler, ``statistics`` stands in, and vLLM's attention. The object
-is kept in the cache directory, under a name that says what it was made of. Processes
-that start together may each compile it: what they make is the same.
+Where there is no compiler, ``statistics`` stands in, and vLLM's attention.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvserve.kernels import statistics
+from kvserve.kernels.compiling import FOLDER, compiled, reason
 from kvserve.kernels.statistics import CachedRows
-from kvserve.models import cache_dir
 
-_FOLDER = Path(__file__).parent
-_SOURCES = [
-    _FOLDER / "decode_attention.cpp",
-    _FOLDER / "prefill_attention.cpp",
-    _FOLDER / "attention_mass.cpp",
-    _FOLDER / "decode_mass.cpp",
-    _FOLDER / "norms.cpp",
-    _FOLDER / "write_pages.cpp",
-]
 _WIDTH_STEP = 32
 """Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
-_HEADERS = [
-    _FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h", "products.h")
-]
 _MODEL_TYPES = (torch.float32, torch.bfloat16)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 """``pages.h``'s ``Kind`` of what a pool's pages hold; bytes are those of e4m3."""
 _SCALED = (torch.uint8, torch.int8)
 _SCALE_BYTES = 8
 """What a scaled page has beside a token's numbers: a scale of its key and value."""
-_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
-_CPU_FEATURES = ("flags", "Features")
-"""What Linux calls the line, on x86 and on Arm."""
 
 
 def can_attend(dtype: torch.dtype, head_size: int, page_size: int) -> bool:
@@ -308,66 +286,16 @@ def library() -> ctypes.CDLL | None:
     """Load the compiled kernels; ``None``, and one line that says so, without."""
     compiler = os.environ.get("CXX", "c++")
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         print(
             "kvserve: decode is up to half as fast, and policies that sum attention "
             f"read prompts a third slower, for {compiler} did not compile "
-            f"{_FOLDER.name}/*.cpp: install g++, or name a C++ compiler in CXX "
-            f"({_reason(error)})",
+            f"{FOLDER.name}/*.cpp: install g++, or name a C++ compiler in CXX "
+            f"({reason(error)})",
             file=sys.stderr,
         )
         return None
-
-
-def _compiled(compiler: str) -> Path:
-    content = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
-    made_of = repr([*content, compiler, *_FLAGS, _cpu()])
-    name = f"kernels-{sha256(made_of.encode()).hexdigest()[:16]}.so"
-    target = cache_dir() / "kernels" / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=target.parent) as folder:
-        made = Path(folder) / name
-        _compile(compiler, made)
-        made.replace(target)
-    return target
-
-
-def _compile(compiler: str, target: Path) -> None:
-    """Compile each source for itself, all at once, and link them."""
-    compile_one = [*compiler.split(), *_FLAGS]
-    objects = [target.with_name(f"{source.stem}.o") for source in _SOURCES]
-    commands = [
-        [*compile_one, "-c", "-o", str(made), str(source)]
-        for source, made in zip(_SOURCES, objects, strict=True)
-    ]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_run, commands))
-    _run([*compile_one, "-shared", "-o", str(target), *map(str, objects)])
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def _cpu() -> str:
-    """Name what the CPU can do: unlike machines may share a home."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = [line for line in lines if line.startswith(_CPU_FEATURES)]
-    return features[0] if features else f"{platform.machine()} {platform.processor()}"
-
-
-def _reason(error: OSError | subprocess.CalledProcessError) -> str:
-    """One line of what went wrong."""
-    if isinstance(error, OSError):
-        return str(error)
-    lines = [line.strip() for line in error.stderr.splitlines() if "error" in line]
-    return lines[0] if lines else f"exit status {error.returncode}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -31,7 +31,6 @@ the front, so a list as long as the largest rank needs is right for all.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -369,31 +368,6 @@ class PagePlan:
         entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
         index: IntArray = entry + turns * self._pages_per_turn
         return index
-
-    def describe(self) -> str:
-        """Say in one line what the lanes keep, in tokens as rounded to pages."""
-        size = self.page_size
-        shards = self.shards or self.full.sinks
-        kinds = Counter(
-            (sinks, window, kept.bit_count())
-            for layer in zip(self.sinks, self.windows, shards, strict=True)
-            for sinks, window, kept in zip(*layer, strict=True)
-        )
-        parts = [
-            f"{count} keep {self._describe_lane(*lane)}"
-            for lane, count in sorted(kinds.items())
-        ]
-        return (
-            f"of {self.num_lanes} KV heads {'; '.join(parts)} (pages of {size} tokens)"
-        )
-
-    def _describe_lane(self, sinks: int, window: int, shards: int) -> str:
-        size = self.page_size
-        if not window:
-            return "everything"
-        if shards:
-            return f"{window * size} recent tokens + {shards} of {self.stride} pages"
-        return f"{sinks * size} sinks + {window * size} recent tokens"
 
 
 def _columns(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -96,7 +97,7 @@ class StreamRule:
 
     def describe(self) -> str:
         """Say in one line what the lanes of the longest request keep."""
-        return self.longest.describe()
+        return describe(self.longest)
 
     def remarks(self) -> list[str]:
         """What else a user should know when the server starts."""
@@ -158,3 +159,30 @@ def scratch_pages(
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks
     return blocks * plan.heads_per_rank
+
+
+def describe(plan: PagePlan) -> str:
+    """Say in one line what the lanes keep, in tokens as rounded to pages."""
+    shards = plan.shards or plan.full.sinks
+    kinds = Counter(
+        (sinks, window, kept.bit_count())
+        for layer in zip(plan.sinks, plan.windows, shards, strict=True)
+        for sinks, window, kept in zip(*layer, strict=True)
+    )
+    parts = [
+        f"{count} keep {_describe_lane(plan, *lane)}"
+        for lane, count in sorted(kinds.items())
+    ]
+    return (
+        f"of {plan.num_lanes} KV heads {'; '.join(parts)} "
+        f"(pages of {plan.page_size} tokens)"
+    )
+
+
+def _describe_lane(plan: PagePlan, sinks: int, window: int, shards: int) -> str:
+    size = plan.page_size
+    if not window:
+        return "everything"
+    if shards:
+        return f"{window * size} recent tokens + {shards} of {plan.stride} pages"
+    return f"{sinks * size} sinks + {window * size} recent tokens"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvserve.errors import UserError
 from kvserve.plan.page_plan import PagePlan, blocks_of
-from kvserve.plan.streaming import StreamRule, scratch_pages
+from kvserve.plan.streaming import StreamRule, describe, scratch_pages
 from policies.base import (
     FULL,
     Capabilities,
@@ -216,7 +216,7 @@ def test_the_full_plan_holds_every_block(plan: PagePlan, tokens: int) -> None:
 
 def test_a_plan_describes_its_lanes_in_tokens() -> None:
     plan = make_plan(32, [[FULL_LANE, (1, 7)], [(1, 7), (2, 6)]])
-    assert plan.describe() == (
+    assert describe(plan) == (
         "of 4 KV heads 1 keep everything; 2 keep 32 sinks + 224 recent tokens; "
         "1 keep 64 sinks + 192 recent tokens (pages of 32 tokens)"
     )
@@ -286,7 +286,7 @@ def test_a_sharded_head_keeps_its_places_of_every_turn() -> None:
     assert [plan.pages(32 * blocks) for blocks in range(9)] == [
         blocks + held for blocks, held in enumerate([0, 1, 2, 2, 3, 3, 4, 4, 5])
     ]
-    assert plan.describe() == (
+    assert describe(plan) == (
         "of 2 KV heads 1 keep everything; 1 keep 64 recent tokens + 2 of 4 pages "
         "(pages of 32 tokens)"
     )
