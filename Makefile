@@ -11,7 +11,7 @@ LOCK   := requirements/$(DEVICE).lock
 STAMP  := $(VENV)/.installed-$(DEVICE)
 
 # Tests that share an engine are in one file. Those of servers mind the time, and run alone.
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 DEFAULT := -m "not slow and not gpu"
 
 SERVE_ARGS ?= --host 127.0.0.1 --port 8000 --kv-cache-memory-bytes 1G

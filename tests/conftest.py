@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 _CORES = len(os.sched_getaffinity(0))
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
@@ -22,3 +24,15 @@ _ENVIRONMENT = {
 
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+_LONGEST = (
+    *("test_identity", "test_request_policies", "test_tensor_parallel"),
+    *("test_dense_policies", "test_eval", "test_no_leak", "test_prefix_cache"),
+    *("test_triton_compiles", "test_oracle", "test_prefix_pages", "test_memory"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: else a core would wait for the last."""
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -145,7 +145,7 @@ def idle(client: httpx.Client) -> dict[str, Any]:
     raise AssertionError("requests still run")
 
 
-@pytest.mark.parametrize("requests", [240, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [120, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_mixed_load_leaves_the_server_as_it_was(
     server: Server, client: httpx.Client, requests: int
 ) -> None:
