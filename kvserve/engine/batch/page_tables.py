@@ -124,9 +124,9 @@ class PageTables:
         if request_ids != self._requests or self._restarted:
             self._match_rows(request_ids)
         blocks = (seq_lens - 1) // self._plan.page_size + 1
-        grown = (blocks != self._blocks[: len(blocks)]) & ~self.settled.rows[
-            : len(blocks)
-        ]
+        grown = blocks != self._blocks[: len(blocks)]
+        if self.settled:
+            grown &= ~self.settled.rows[: len(blocks)]
         for row in np.flatnonzero(grown).tolist():
             self._update_row(row, page_lists[row], int(blocks[row]))
             self.changed.add(row)
@@ -177,8 +177,8 @@ class PageTables:
         size, rows = self._plan.page_size, slice(len(seq_lens))
         place = ((seq_lens - 1) % size)[:, None]
         slots: IntArray = self.open_page[:, rows].astype(np.int64) * size + place
-        settled = np.flatnonzero(self.settled.rows[rows])
-        if len(settled):
+        if self.settled:
+            settled = np.flatnonzero(self.settled.rows[rows])
             token = self.settled.last_token(seq_lens)[:, settled]
             by_slot = self.by_slot[:, settled]
             page = np.take_along_axis(by_slot, (token // size)[..., None], axis=3)
@@ -191,7 +191,7 @@ class PageTables:
         block = (seq_lens - 1) // size
         hidden = self.lanes.first_rows(rows).hidden(block[:, None, None])[..., 0]
         seen: IntArray = seq_lens[:, None] - hidden * size
-        if self.settled.rows[:rows].any():
+        if self.settled:
             # Lanes of settled rows are laid out as full ones: nothing is hidden.
             seen = np.minimum(seen, self.settled.lane_tokens(seq_lens))
         return seen

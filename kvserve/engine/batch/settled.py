@@ -42,6 +42,10 @@ class SettledRows:
         # Pages that a row held when it was last looked at.
         self._held: IntArray = np.zeros(shape[1], dtype=np.int64)
 
+    def __bool__(self) -> bool:
+        """Whether any request is settled: most servers have none."""
+        return bool(self.lane_of_head)
+
     def add(self, request_id: str, plan: DensePlan, lane_of_head: IntArray) -> None:
         """Note that the survivors of a request have moved."""
         self.lane_of_head[request_id] = lane_of_head
@@ -89,7 +93,7 @@ class SettledRows:
 
     def opened(self, seq_lens: IntArray) -> list[tuple[int, int, int]]:
         """Settled rows whose pages are more than they were: row, pages before, now."""
-        if not self.rows[: len(seq_lens)].any():
+        if not self:
             return []
         blocks = blocks_of_each(self.lane_tokens(seq_lens), self._page_size)
         held = np.where(self.rows[: len(seq_lens)], blocks.sum(axis=(0, 2)), 0)

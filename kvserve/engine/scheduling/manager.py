@@ -110,9 +110,12 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         if apply_admission_cap:
             return self._needed_to_enter(request_id, num_tokens, new_computed_blocks)
         held = self.req_to_blocks.get(request_id, new_computed_blocks)
+        missing = max(self._entries(request_id, num_tokens) - len(held), 0)
+        if not new_computed_blocks:
+            return missing
         # Pages of the prefix that nobody holds leave the free pages too.
         revived: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return max(self._entries(request_id, num_tokens) - len(held), 0) + revived
+        return missing + revived
 
     def _needed_to_enter(
         self, request_id: str, num_tokens: int, cached: Sequence[KVCacheBlock]
