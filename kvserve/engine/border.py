@@ -35,6 +35,15 @@ _SCHEDULING = [
             *("req_to_blocks", "num_cached_block", "block_pool", "block_size"),
             *("kv_cache_spec", "kv_cache_group_id", "_null_block", "free(request_id)"),
             "_get_num_evictable_blocks(blocks)",
+            "get_num_blocks_to_allocate"
+            "(request_id, num_tokens, new_computed_blocks, total_computed_tokens)",
+            "allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)",
+            "remove_skipped_blocks"
+            "(request_id, processed_computed_tokens, num_prompt_tokens)",
+            "add_local_computed_blocks"
+            "(request_id, new_computed_blocks, num_local_computed_tokens)",
+            "cache_blocks(request, num_tokens, retention_interval)",
+            *("find_longest_cache_hit()", "pop_blocks_for_free(request_id)"),
         ),
     ),
     Relied(
@@ -115,6 +124,9 @@ _SCHEDULING = [
         (
             *("block_size", "num_kv_heads", "head_size", "dtype"),
             *("state_content_bytes", "page_size_bytes"),
+            *("prefix_cacheable", "block_table_token_alignment"),
+            "max_memory_usage_bytes(vllm_config)",
+            "max_num_blocks_per_req(vllm_config, max_len)",
         ),
     ),
     Relied("vllm.v1.kv_cache_interface.KVCacheSpec", "a type"),
@@ -174,7 +186,12 @@ _WORKER = [
         "subclassed: what layers of a policy's engine resolve to",
         (
             *("supported_dtypes", "supported_kv_cache_dtypes"),
-            "forward_includes_kv_cache_update",
+            *("forward_includes_kv_cache_update", "get_name()", "get_impl_cls()"),
+            *("get_builder_cls()", "get_supported_kernel_block_sizes()"),
+            *(
+                "supports_compute_capability(capability)",
+                "supported_kv_cache_layouts()",
+            ),
         ),
     ),
     Relied(
@@ -183,10 +200,16 @@ _WORKER = [
         (
             "_init_reorder_batch_threshold"
             "(reorder_batch_threshold, supports_spec_as_decode)",
-            "kv_cache_spec",
+            *("kv_cache_spec", "build_for_cudagraph_capture(common_attn_metadata)"),
+            "build(common_prefix_len, common_attn_metadata, fast_build)",
+            "get_cudagraph_support(vllm_config, kv_cache_spec)",
         ),
     ),
-    Relied("vllm.v1.attention.backend.AttentionImpl", "subclassed: a layer"),
+    Relied(
+        "vllm.v1.attention.backend.AttentionImpl",
+        "subclassed: a layer",
+        ("forward(layer, query, key, value, kv_cache, attn_metadata, output)",),
+    ),
     Relied("vllm.v1.attention.backend.AttentionMetadata", "subclassed: a step's rows"),
     Relied("vllm.v1.attention.backend.AttentionLayer", "a type"),
     Relied(
@@ -231,7 +254,10 @@ _WORKER = [
     Relied(
         "vllm.v1.sample.logits_processor.AdapterLogitsProcessor",
         "subclassed: forces tokens",
-        ("new_req_logits_processor(params)", "is_argmax_invariant()"),
+        (
+            *("new_req_logits_processor(params)", "is_argmax_invariant()"),
+            "validate_params(sampling_params)",
+        ),
     ),
 ]
 
@@ -255,6 +281,24 @@ _SERVER = [
 ]
 
 _REPLACED = [
+    Relied(
+        "vllm.v1.worker.block_table.MultiGroupBlockTable",
+        "its instance's method is replaced: nobody reads page lists on the device",
+        ("commit_block_table(num_reqs)",),
+    ),
+    Relied(
+        "vllm.v1.engine.async_llm.AsyncLLM",
+        "likewise: requests are checked as they come, their errors told apart",
+        ("generate(prompt, sampling_params)",),
+    ),
+    Relied(
+        "vllm.renderers.online_renderer.OnlineRenderer",
+        "likewise: constraints are compiled once a request is rendered",
+        (
+            *("render_chat(request)", "render_completion(request)"),
+            "render_responses(request)",
+        ),
+    ),
     Relied(
         "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat",
         "its instance's method is replaced: beams and samples are checked first",
