@@ -116,7 +116,7 @@ _SCHEDULING = [
     Relied(
         "vllm.v1.utils",
         "replaced: as the target of API servers",
-        ("run_api_server_worker_proc(listen_address, sock, args, client_config)",),
+        ("run_api_server_worker_proc",),
     ),
     Relied(
         "vllm.v1.kv_cache_interface.AttentionSpec",
