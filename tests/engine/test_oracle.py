@@ -31,14 +31,19 @@ POLICIES: list[tuple[str, dict[str, Any]]] = [
     ("sharded", {"local_blocks": 3, "stride": 4, "pattern": "query"}),
     ("sharded", {"local_blocks": 1, "stride": 3, "dense_every": 2, "offset": 0}),
 ]
-# The large model takes longest, and small ones tell the patterns of `sharded` apart.
+# The large model takes longest; small ones tell patterns and fixed lengths apart.
+LONG = [
+    policy for policy in POLICIES if policy[0] == "sharded" or "length" in policy[1]
+]
 CASES = [
     pytest.param(
         model,
         policy,
         values,
         id=f"{model}-{', '.join([policy, *values])}",
-        marks=pytest.mark.slow if (model, policy) == ("smollm2", "sharded") else (),
+        marks=pytest.mark.slow
+        if model == "smollm2" and (policy, values) in LONG
+        else (),
     )
     for model in ("tiny-mha", "tiny-gqa", "smollm2")
     for policy, values in POLICIES
