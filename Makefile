@@ -37,7 +37,7 @@ test: $(STAMP)  ## Run the test suite
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 test-unit: $(STAMP)  ## Run the tests that need no model weights
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(WORKERS) tests/unit
 
 test-all: $(STAMP)  ## Run everything that this machine can run
 	$(BIN)/pytest
