@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,20 @@ def embedded_model() -> Path:
         return target
     gguf = gguf_file()
     print(f"Converting {gguf.name} to {target} (once, about 10 s)", file=sys.stderr)
+    convert_once(target, lambda out: _convert(gguf, out))
+    return target
+
+
+def convert_once(target: Path, convert: Callable[[Path], None]) -> None:
+    """Make the model ``target`` by ``convert``, which fills the directory it is given.
+
+    The model appears at once and whole, whoever is stopped on the way; of two that make
+    the same, one prevails.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
-        _convert(gguf, scratch)
+        convert(scratch)
         try:
             scratch.rename(target)
         except OSError:
@@ -62,7 +73,6 @@ def embedded_model() -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def resolve_model(model: str | None) -> str:
