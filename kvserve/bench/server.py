@@ -36,7 +36,7 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     Raises:
         UserError: the server ends before it is healthy; says why as far as it said.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "kvserve.cli", "serve", *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-uvicorn-access-log"]
@@ -99,7 +99,8 @@ def _exit(number: int, _frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

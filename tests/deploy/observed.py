@@ -17,10 +17,12 @@ from typing import Any
 
 import yaml
 
+from kvserve.bench.server import free_port
 from tests.deploy.conftest import DEPLOY, find_tool, load_yaml
-from tests.engine.servers import free_port
+from tests.engine.servers import wait_until_answered
 
 _FOLDER = DEPLOY / "prometheus"
+_START_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def running_prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        _wait_until_ready(f"http://{address}", process, log)
+        wait_until_answered(f"http://{address}/-/ready", process, log, _START_SECONDS)
         yield Prometheus(f"http://{address}")
     finally:
         process.terminate()
@@ -83,15 +85,3 @@ def _configure(target: str, folder: Path) -> Path:
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"Prometheus is not ready: {log.read_text()}")

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvserve.bench.server import end_with_parent
+from kvserve.bench.server import end_with_parent, free_port
 
 _START_SECONDS = 600
 
@@ -38,20 +38,29 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command as typed in a shell of its own, without the tests' settings."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    process = start(command, log)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start what :func:`running` runs; whoever asks for it ends it."""
     with log.open("w") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=users_environment(),
             preexec_fn=end_with_parent,
         )
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=60) in (0, -signal.SIGTERM, 143)
+
+
+def users_environment() -> dict[str, str]:
+    """The environment without the settings that tests made for themselves."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
 
 
 def wait_until_healthy(
@@ -60,22 +69,22 @@ def wait_until_healthy(
     log: Path,
     seconds: float = _START_SECONDS,
 ) -> None:
+    wait_until_answered(f"{base}/health", process, log, seconds)
+
+
+def wait_until_answered(
+    url: str, process: subprocess.Popen[bytes], log: Path, seconds: float
+) -> None:
+    """Wait for a first good answer of a server, which writes to ``log``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            with urllib.request.urlopen(f"{base}/health", timeout=5):
+            with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError:
             time.sleep(1)
-    raise AssertionError(f"not healthy in time: {log.read_text()[-3000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    raise AssertionError(f"{url} gave no answer in time: {log.read_text()[-3000:]}")
 
 
 def free_ports(count: int) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.engine.servers import users_environment
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 _SECONDS = 300
@@ -24,13 +26,12 @@ def has_engine(processes: list[psutil.Process]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     command = [
         *(sys.executable, "-m", "kvserve.cli", "bench", "--policy", "full"),
         *("--kv-memory", "128MiB", "--", "--enforce-eager", "--max-model-len", "1024"),
     ]
     with subprocess.Popen(
-        command, env=environment, cwd=tmp_path, start_new_session=True
+        command, env=users_environment(), cwd=tmp_path, start_new_session=True
     ) as bench:
         server: list[psutil.Process] = []
         deadline = time.monotonic() + _SECONDS

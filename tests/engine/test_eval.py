@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from kvserve.bench.server import free_port
 from kvserve.cli import main
 from kvserve.processor import default_dtype
 from tests.engine.harness import EngineSlot
-from tests.engine.servers import free_port
+from tests.engine.servers import users_environment
 
 pytestmark = pytest.mark.engine
 
@@ -96,8 +96,7 @@ def _lines(out: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    return {**kept, "OMP_WAIT_POLICY": "passive"}
+    return {**users_environment(), "OMP_WAIT_POLICY": "passive"}
 
 
 def _listen_to_interrupts() -> None:

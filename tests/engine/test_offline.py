@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.servers import free_port, wait_until_healthy
+from kvserve.bench.server import free_port
+from tests.engine.servers import wait_until_healthy
 
 pytestmark = pytest.mark.engine
 

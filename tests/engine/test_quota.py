@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvserve.bench.server import free_port
 from tests.control_groups import inside, quota_group
-from tests.engine.servers import free_port, running, wait_until_healthy
+from tests.engine.servers import running, wait_until_healthy
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

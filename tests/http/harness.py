@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from typing import Any
 import httpx
 import psutil
 
-from kvserve.bench.server import end_with_parent
-from tests.engine.servers import free_port, wait_until_healthy
+from kvserve.bench.server import free_port
+from tests.engine.servers import start, wait_until_healthy
 
 MODEL = "SmolLM2-135M-Instruct"
 KEY = "a-key-for-tests"
@@ -48,15 +47,7 @@ class Server:
             *("--port", str(self.port), *_OPTIONS, *options),
             *(("--api-key", key) if key else ()),
         ]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-        with self._log.open("w") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=end_with_parent,
-            )
+        self.process = start(command, self._log)
         try:
             wait_until_healthy(self.base, self.process, self._log, _START_SECONDS)
         except AssertionError:
