@@ -9,6 +9,7 @@ into the user's cache directory.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -73,6 +74,16 @@ def convert_once(target: Path, convert: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare ``MODEL``, which :func:`resolve_model` finds."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
+    )
 
 
 def resolve_model(model: str | None) -> str:

@@ -27,6 +27,7 @@ from kvserve.bench.workloads import (
 )
 from kvserve.cores import Cores
 from kvserve.errors import UserError
+from kvserve.models import add_model
 from kvserve.units import parse_bytes
 from kvserve.version import __version__
 from policies.budgets import PolicySpec, split_policies
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", nargs="?", help="default: the embedded model")
+    add_model(parser)
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--url", help="use the server at this address; starts none")
     target.add_argument(

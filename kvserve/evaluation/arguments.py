@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvserve.evaluation.catalogue import built_in
 from kvserve.evaluation.contenders import DTYPES
-from kvserve.models import EMBEDDED_MODEL
+from kvserve.models import add_model
 from kvserve.processor import default_dtype
 from kvserve.texts.haystack import Book
 
@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = "Measure what cache policies lose, through the real engine."
     parser.epilog = _EXAMPLES
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
-    )
+    add_model(parser)
     parser.add_argument(
         "--policy",
         action="append",

@@ -29,7 +29,7 @@ from kvserve.errors import UserError
 from kvserve.models import cache_dir
 from kvserve.profiling.influence import BLOCK, InfluenceProbe, measure_influence
 from kvserve.profiling.recital import Recital, build_recital
-from kvserve.profiling.runs import load_model, to_lines
+from kvserve.profiling.runs import about_model, load_model, to_lines
 from kvserve.texts.families import PROFILING
 from kvserve.texts.haystack import load_book
 from policies.budgets import PolicySpec
@@ -53,13 +53,9 @@ def profile_fast(model_dir: str, out_dir: Path, progress: bool = True) -> Path:
     """
     model, tokenizer = load_model(model_dir, {"--fast": _TOKENS})
     scores = measure_windows(model, tokenizer, progress)
-    config = model.config.get_text_config()
     profile = {
         "format": PROFILE_FORMAT,
-        "model": Path(model_dir).name,
-        "num_layers": config.num_hidden_layers,
-        "num_query_heads": config.num_attention_heads,
-        "num_kv_heads": scores.shape[1],
+        **about_model(model_dir, model, scores.shape[1]),
         "kv_head_scores": [
             [float(f"{score:.4g}") for score in layer] for layer in scores.tolist()
         ],

@@ -19,18 +19,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvserve.models import resolve_model
 from kvserve.profiling.heat_map import draw_spans
 from kvserve.profiling.runs import (
+    about_model,
     add_files,
     add_flags,
-    profile_folder,
+    files_of,
+    prose,
     read_flags,
     to_lines,
 )
 from kvserve.profiling.span_search import MoASettings, SpanSearch
-from kvserve.texts.families import PROFILING
-from kvserve.texts.haystack import load_book, load_text
 from kvserve.units import format_bytes
 from policies.moa import PLAN_FORMAT
 
@@ -62,7 +61,7 @@ def profile_moa(
     Raises:
         UserError: the model cannot be loaded or measured, or no plan is that small.
     """
-    text = load_text(data) if data else load_book(PROFILING.book)
+    text, data_name = prose(data)
     search = SpanSearch(model_dir, settings, text, progress)
     if progress:
         print(
@@ -76,19 +75,12 @@ def profile_moa(
         plan.to_record(distance)
         for plan, distance in zip(plans, distances, strict=True)
     ]
-    config = search.config
     profile = {
         "format": PLAN_FORMAT,
-        "model": Path(model_dir).name,
-        "num_layers": config.num_hidden_layers,
-        "num_query_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
+        **about_model(model_dir, search.model, search.config.num_key_value_heads),
         "plans": [_nearest(records, budget) for budget in settings.budgets],
         "pareto": records,
-        "settings": {
-            **dataclasses.asdict(settings),
-            "data": data.name if data else PROFILING.book,
-        },
+        "settings": {**dataclasses.asdict(settings), "data": data_name},
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "moa.json"
@@ -129,8 +121,7 @@ _HELP = {
 def run(args: argparse.Namespace) -> int:
     """Run ``kvserve profile moa`` and print what was found."""
     settings = read_flags(args, MoASettings)
-    model_dir = resolve_model(args.model)
-    out_dir = args.out or profile_folder(model_dir)
+    model_dir, out_dir = files_of(args)
     path = profile_moa(model_dir, settings, out_dir, data=args.data)
     for plan in json.loads(path.read_text())["plans"]:
         kept = ", ".join(f"{x:.1%} at {n}" for n, x in plan["density"].items())

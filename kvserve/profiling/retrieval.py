@@ -29,25 +29,25 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
-from kvserve.models import resolve_model
 from kvserve.profiling.copy_score import Instance, TopKeyProbe, run_instance
 from kvserve.profiling.fast import profile_fast
 from kvserve.profiling.gates import GateSettings, gates_so_far, train_gates
 from kvserve.profiling.heat_map import draw_heat_map
 from kvserve.profiling.runs import (
+    about_model,
     add_files,
     add_flags,
     appending,
+    files_of,
     finished,
     load_model,
-    profile_folder,
+    prose,
     read_flags,
     rounded,
     store_path,
     to_lines,
 )
 from kvserve.texts.families import PROFILING
-from kvserve.texts.haystack import load_book, load_text
 from kvserve.texts.needles import NeedlePrompt, build_prompt
 from policies.head_scores import PROFILE_FORMAT
 
@@ -147,7 +147,7 @@ def profile_retrieval(
     Raises:
         UserError: the model cannot be loaded or measured.
     """
-    text = load_text(data) if data else load_book(PROFILING.book)
+    text, data_name = prose(data)
     needed = {
         "--max-length": settings.max_length + settings.max_decode_tokens,
         "--gate-length": settings.gate_length if settings.gate_steps else 0,
@@ -156,12 +156,14 @@ def profile_retrieval(
     done: list[Instance] = []
     out_dir.mkdir(parents=True, exist_ok=True)
     path, unfinished = out_dir / "retrieval.json", out_dir / UNFINISHED
-    about = _About(Path(model_dir).name, model.config.get_text_config(), settings, data)
+    heads = model.config.get_text_config().num_key_value_heads
+    entries = about_model(model_dir, model, heads)
+    about = _About(entries, settings, data_name)
     try:
         _measure(model_dir, model, tokenizer, settings, text, progress, done)
         if not _kept(done, settings):
             raise UserError(
-                f"{about.model} found none of {len(done)} needles: try a smaller "
+                f"{entries['model']} found none of {len(done)} needles: try a smaller "
                 "--max-length, or --data with text that the model reads well"
             )
         gates = _gates(model_dir, model, tokenizer, settings, text, progress)
@@ -186,31 +188,24 @@ def _kept(done: list[Instance], settings: RetrievalSettings) -> list[Instance]:
 class _About:
     """What a profile says besides what was found."""
 
-    model: str
-    config: Any
+    model: dict[str, Any]
     settings: RetrievalSettings
-    data: Path | None
+    data: str
 
     def profile(self, done: list[Instance], gates: dict[str, Any]) -> dict[str, Any]:
         """Lay out what was found as it is written to the file."""
-        config, kept = self.config, _kept(done, self.settings)
-        scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
+        kept, model = _kept(done, self.settings), self.model
+        scores = torch.zeros(model["num_layers"], model["num_query_heads"])
         for instance in kept:
             for (layer, head), value in instance.copied.items():
                 scores[layer, head] += value / len(kept)
-        data = self.data.name if self.data else PROFILING.book
         return {
             "format": PROFILE_FORMAT,
-            "model": self.model,
-            "num_layers": scores.shape[0],
-            "num_query_heads": scores.shape[1],
-            "num_kv_heads": config.num_key_value_heads,
+            **model,
             "query_head_scores": rounded(scores),
-            "kv_head_scores": rounded(
-                kv_head_scores(scores, config.num_key_value_heads)
-            ),
+            "kv_head_scores": rounded(kv_head_scores(scores, model["num_kv_heads"])),
             **gates,
-            "settings": {**dataclasses.asdict(self.settings), "data": data},
+            "settings": {**dataclasses.asdict(self.settings), "data": self.data},
             "instances": {"run": len(done), "kept": len(kept)},
         }
 
@@ -256,8 +251,7 @@ _HELP = {
 def run(args: argparse.Namespace) -> int:
     """Run ``kvserve profile retrieval`` and print what was found."""
     settings = read_flags(args, RetrievalSettings)
-    model_dir = resolve_model(args.model)
-    out_dir = args.out or profile_folder(model_dir)
+    model_dir, out_dir = files_of(args)
     if args.fast:
         print(f"wrote {profile_fast(model_dir, out_dir)}")
         return 0

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from kvserve.errors import UserError
-from kvserve.models import EMBEDDED_MODEL, cache_dir
+from kvserve.models import add_model, cache_dir, resolve_model
+from kvserve.texts.families import PROFILING
+from kvserve.texts.haystack import load_book, load_text
 
 Item = TypeVar("Item")
 
@@ -52,6 +54,37 @@ def load_model(model_dir: str, needed: dict[str, int]) -> tuple[Any, Any]:
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def files_of(args: argparse.Namespace) -> tuple[str, Path]:
+    """Return the model and the folder that flags of ``add_files`` ask for."""
+    model_dir = resolve_model(args.model)
+    return model_dir, args.out or profile_folder(model_dir)
+
+
+def prose(data: Path | None) -> tuple[str, str]:
+    """Return the text to hide things in, and what a profile calls it.
+
+    Args:
+        data: its file; ``None`` is the book that ships.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if data is None:
+        return load_book(PROFILING.book), PROFILING.book
+    return load_text(data), data.name
+
+
+def about_model(model_dir: str, model: Any, num_kv_heads: int) -> dict[str, Any]:
+    """A profile's entries that say of which model it is."""
+    config = model.config.get_text_config()
+    return {
+        "model": Path(model_dir).name,
+        "num_layers": config.num_hidden_layers,
+        "num_query_heads": config.num_attention_heads,
+        "num_kv_heads": num_kv_heads,
+    }
 
 
 def profile_folder(model_dir: str) -> Path:
@@ -107,12 +140,7 @@ def add_files(parser: argparse.ArgumentParser, kind: str, hidden: str) -> None:
         hidden: What is hidden in the text.
     """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help=f"directory or hub name of a model (default: {EMBEDDED_MODEL})",
-    )
+    add_model(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",

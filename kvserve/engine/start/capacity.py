@@ -24,7 +24,7 @@ from kvserve.engine.start.preflight import (
 )
 from kvserve.engine.start.support import fits, rule_of, scratch_of
 from kvserve.errors import UserError
-from kvserve.models import resolve_model
+from kvserve.models import add_model, resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.units import format_bytes, parse_bytes
 
@@ -48,7 +48,7 @@ def plan(argv: list[str]) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", nargs="?", help="model name or directory")
+    add_model(parser)
     parser.add_argument("--max-model-len", type=int, help="longest request, in tokens")
     parser.add_argument(
         "--kv-memory",
