@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.unit.byte_tokenizer import byte_tokenizer
 
 LAYERS, QUERY_HEADS, KV_HEADS = 3, 6, 2
 
@@ -26,3 +30,13 @@ def tiny_llama(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def save_tiny_llama(folder: Path, max_tokens: int = 1024) -> str:
+    """Save one that reads bytes, and its tokenizer; return the folder."""
+    tokenizer = byte_tokenizer()
+    model = tiny_llama(len(tokenizer))
+    model.config.max_position_embeddings = max_tokens
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -33,9 +33,8 @@ from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and few facts: a letter is a token of the tiny model."""
-    monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "cache"))
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few facts: a letter is a token of the tiny model."""
     monkeypatch.setattr(fast, "_FACTS", 2)
 
 

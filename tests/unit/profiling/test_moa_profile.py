@@ -22,8 +22,14 @@ from kvserve.profiling.spans import SpanAttention, divergence
 from policies.base import HeadBudget, ModelShape
 from policies.moa import MoA
 from tests.reference.visibility import visible_positions
-from tests.unit.byte_tokenizer import byte_tokenizer
-from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
+from tests.unit.profiling.conftest import interrupted
+from tests.unit.tiny_llama import (
+    KV_HEADS,
+    LAYERS,
+    QUERY_HEADS,
+    save_tiny_llama,
+    tiny_llama,
+)
 
 TOKENS = 640
 SMALL = MoASettings(
@@ -36,20 +42,9 @@ SMALL = MoASettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = byte_tokenizer()
-    model = tiny_llama(len(tokenizer))
-    model.config.max_position_embeddings = 2048
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_tokens=2048)
 
 
 @pytest.fixture
@@ -153,18 +148,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
 ) -> None:
     uninterrupted = profile(model_dir, tmp_path / "a")
     monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "fresh"))
-    counting = span_search.measure_influence
-
-    def interrupted(*arguments: Any) -> Any:
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return counting(*arguments)
-
-    calls.clear()
-    monkeypatch.setattr(span_search, "measure_influence", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(span_search, "measure_influence", calls, after=3):
         profile(model_dir, tmp_path / "b")
-    monkeypatch.setattr(span_search, "measure_influence", counting)
     assert profile(model_dir, tmp_path / "b") == uninterrupted
     assert len(calls) == len(SMALL.lengths) * SMALL.items
 

@@ -28,6 +28,7 @@ from kvserve.profiling.retrieval import (
 from kvserve.texts.needles import Needle, NeedlePrompt
 from policies.base import ModelShape
 from policies.head_scores import load_head_scores, top_heads
+from tests.unit.profiling.conftest import interrupted
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
 # A random model finds nothing: keep its instances all the same.
@@ -133,12 +134,6 @@ def test_a_kv_head_takes_the_best_of_its_group() -> None:
     torch.testing.assert_close(kv_head_scores(scores, 2), expected)
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NeedlePrompt]]:
     """Note the prompt of every instance that is measured."""
@@ -190,16 +185,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 ) -> None:
     uninterrupted = profile(model_dir, tmp_path / "a")
     monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "fresh"))
-    counting = retrieval.run_instance
-
-    def interrupted(*arguments: Any) -> Any:
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return counting(*arguments)
-
-    calls.clear()
-    monkeypatch.setattr(retrieval, "run_instance", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(retrieval, "run_instance", calls, after=2):
         profile(model_dir, tmp_path / "b")
     unfinished = tmp_path / "b" / retrieval.UNFINISHED
     assert json.loads(unfinished.read_text())["instances"] == {"run": 2, "kept": 2}
@@ -207,7 +193,6 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(load_head_scores(str(unfinished), shape)) == LAYERS
     retrieval._show_unfinished(tmp_path / "b")
     assert "2 needles, of which 2 were found" in capsys.readouterr().out
-    monkeypatch.setattr(retrieval, "run_instance", counting)
     assert profile(model_dir, tmp_path / "b") == uninterrupted
     assert len(calls) == SMALL.instances
     assert not unfinished.exists()
