@@ -7,24 +7,20 @@ import gc
 from functools import _lru_cache_wrapper
 from typing import Any
 
-import torch
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request, RequestStatus
 
 from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.scheduling.shared_manager import SharedPagedManager
-from kvserve.engine.spec import SharedPagedSpec
 from kvserve.engine.start.admission import PolicyGuard
 from kvserve.plan.request_policies import rule_of_request
 from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
-from kvserve.plugin import register
 from policies.base import ModelShape
 from policies.full import Full
+from tests.unit.engine.scheduling.books import cache_of
 
 PAGE, MAX_TOKENS, POOL = 32, 4096, 512
 MODEL = ModelShape("tiny", 1, 2, 2, 8, MAX_TOKENS)
@@ -39,26 +35,12 @@ class Server:
     """The scheduler's and the worker's books of requests, without a model."""
 
     def __init__(self) -> None:
-        register()
-        init_none_hash(sha256)
         self.rule = MixedRule(
             StreamRule(Full(), MODEL, PAGE, MAX_TOKENS, in_flight=512)
         )
         self.guard = PolicyGuard(self.rule, MAX_TOKENS, POOL)
-        spec = SharedPagedSpec(
-            plan=self.rule.largest,
-            rule=self.rule,
-            num_scratch_pages=0,
-            block_size=PAGE,
-            num_kv_heads=1,
-            head_size=8,
-            dtype=torch.float32,
-        )
-        config = KVCacheConfig(POOL, [], [KVCacheGroupSpec(["first"], spec)])
-        self.pages = KVCacheManager(config, MAX_TOKENS, PAGE, PAGE, log_stats=False)
-        (manager,) = self.pages.coordinator.single_type_managers
-        assert isinstance(manager, SharedPagedManager)
-        self.manager = manager
+        self.pages, self.manager = cache_of(self.rule, POOL, scratch=0)
+        assert isinstance(self.manager, SharedPagedManager)
         self.tables = PageTables(self.rule.largest, 4, MAX_TOKENS, self.rule)
         self._hasher = get_request_block_hasher(PAGE, sha256)
 

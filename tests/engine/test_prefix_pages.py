@@ -13,23 +13,19 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import cast
 
-import torch
 from hypothesis import given, settings
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request, RequestStatus
 
 from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.batch.rows import RowBuilder
 from kvserve.engine.scheduling.shared_manager import SharedPagedManager
-from kvserve.engine.spec import SharedPagedSpec
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import StreamRule
-from kvserve.plugin import register
 from tests.engine.pool_audit import PoolAudit
+from tests.unit.engine.scheduling.books import cache_of
 from tests.unit.pool_model import Label, PoolModel
 from tests.unit.simulator import (
     Batch,
@@ -54,6 +50,16 @@ class OnePlan:
     is_elastic: bool = False
     copies: int = 1
     policy: None = None
+    is_shared: bool = True
+    max_tokens: int = MAX_TOKENS
+
+    @property
+    def page_size(self) -> int:
+        return self.plan.page_size
+
+    @property
+    def largest(self) -> PagePlan:
+        return self.plan
 
     @property
     def full(self) -> PagePlan:
@@ -79,23 +85,6 @@ class TextPool(PoolModel):
     def _label(self, request: Row, layer: int, head: int, position: int) -> Label:
         text = cast(SharingRow, request).text[: position + 1]
         return Label(",".join(map(str, text)), 0, layer, head, position)
-
-
-def make_manager(rule: OnePlan, num_pages: int) -> KVCacheManager:
-    """vLLM's manager over a pool of shared pages."""
-    register()
-    spec = SharedPagedSpec(
-        plan=rule.plan,
-        rule=cast(StreamRule, rule),
-        num_scratch_pages=0,
-        block_size=rule.plan.page_size,
-        num_kv_heads=1,
-        head_size=8,
-        dtype=torch.float32,
-    )
-    config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["first"], spec)])
-    size = rule.plan.page_size
-    return KVCacheManager(config, MAX_TOKENS, size, size, log_stats=True)
 
 
 class Worker:
@@ -127,13 +116,11 @@ class Server:
         self.plan, self.rng, self.token_budget = plan, rng, token_budget
         rule = OnePlan(plan, token_budget)
         num_pages = 1 + rule.most_pages(MAX_TOKENS) + spare
-        self.manager = make_manager(rule, num_pages)
-        (pages,) = self.manager.coordinator.single_type_managers
+        self.manager, pages = cache_of(cast(StreamRule, rule), num_pages, scratch=0)
         self.pages = cast(SharedPagedManager, pages)
         self.requests: dict[str, Request] = {}
         self.audit = PoolAudit(self.pages, self.requests)
         self.workers = [Worker(plan, rank) for rank in range(plan.ranks)]
-        init_none_hash(sha256)
         self._hasher = get_request_block_hasher(plan.page_size, sha256)
         self.waiting: list[Request] = []
         self.running: list[Request] = []

@@ -48,6 +48,32 @@ NAMED: dict[str, tuple[Policy | None, ...]] = {
 """Policies that requests name."""
 
 
+def cache_of(
+    rule: Rule, num_pages: int, scratch: int
+) -> tuple[KVCacheManager, HeadPagedManager]:
+    """Return vLLM's manager of a cache whose pages a rule keeps, and ours in it.
+
+    Args:
+        num_pages: of the pool, the null page and ``scratch`` pages among them.
+    """
+    register()
+    init_none_hash(sha256)
+    page_size, max_tokens = rule.page_size, rule.max_tokens
+    spec = (SharedPagedSpec if rule.is_shared else HeadPagedSpec)(
+        plan=rule.largest,
+        rule=rule,
+        num_scratch_pages=scratch,
+        block_size=page_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+    )
+    config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["first"], spec)])
+    cache = KVCacheManager(config, max_tokens, page_size, page_size, log_stats=False)
+    (manager,) = cache.coordinator.single_type_managers
+    return cache, cast(HeadPagedManager, manager)
+
+
 class Books:
     """The scheduler's books of requests, whose steps run one by one.
 
@@ -57,23 +83,8 @@ class Books:
     """
 
     def __init__(self, kind: str, num_pages: int = 400) -> None:
-        register()
-        init_none_hash(sha256)
-        rule = RULES[kind]
         self.named = NAMED.get(kind, (None,))
-        spec = (SharedPagedSpec if rule.is_shared else HeadPagedSpec)(
-            plan=rule.largest,
-            rule=rule,
-            num_scratch_pages=SCRATCH,
-            block_size=PAGE,
-            num_kv_heads=1,
-            head_size=8,
-            dtype=torch.float32,
-        )
-        config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["first"], spec)])
-        self.cache = KVCacheManager(config, MAX_TOKENS, PAGE, PAGE, log_stats=False)
-        (manager,) = self.cache.coordinator.single_type_managers
-        self.manager = cast(HeadPagedManager, manager)
+        self.cache, self.manager = cache_of(RULES[kind], num_pages, SCRATCH)
         self.pool = self.cache.block_pool
         self.requests: dict[str, Request] = {}
         self._hasher = get_request_block_hasher(PAGE, sha256)
