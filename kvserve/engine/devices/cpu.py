@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls that differ between devices, behind one small interface."""
+"""Head pages on a CPU, behind the interface of ``device``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,77 +15,14 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from kvserve.engine.batch.head_major import HeadMajor
 from kvserve.engine.batch.rows import RowShapes
+from kvserve.engine.devices.device import Device
 from kvserve.kernels import native, statistics
 from kvserve.kernels.statistics import CachedRows
 
+__all__ = ["PAGE_SIZE", "CPUDevice", "Device"]
+
 PAGE_SIZE = 32
 """Tokens of a head page: the smallest that vLLM's CPU kernels take."""
-
-
-class Device(Protocol):
-    """Writes head pages and attends to them, row by row.
-
-    A pool is ``[num_pages, 1, page_size, 2 * head_size]``; what lies inside a page is
-    the device's own affair, so everybody else moves whole pages.
-    """
-
-    def plan_rows(self, shapes: RowShapes) -> Any:
-        """Prepare what kernels want to know of rows, once for all alike layers."""
-
-    def write(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pool: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        """Store keys and values ``[n, head_size]`` at ``slots [n]``."""
-
-    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Return keys of ``pages``, ``[*pages.shape, page_size, D]``."""
-
-    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Return values of ``pages``, ``[*pages.shape, page_size, D]``."""
-
-    def prepare_statistics(self, pool: torch.Tensor) -> None:
-        """Get the three calls below ready, before the first request."""
-
-    def attention_mass(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """As ``kernels.statistics`` says."""
-
-    def add_row_attention(
-        self,
-        query: torch.Tensor,
-        pool: torch.Tensor,
-        cached: CachedRows,
-        scale: float,
-        mass: torch.Tensor,
-    ) -> None:
-        """As ``kernels.statistics`` says, with the keys of ``pool``."""
-
-    def lightest_slots(
-        self,
-        cached: CachedRows,
-        mass: torch.Tensor,
-        position: torch.Tensor,
-        own: torch.Tensor,
-        safe_from: torch.Tensor,
-        by_count: bool,
-    ) -> torch.Tensor:
-        """As ``kernels.statistics`` says."""
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        pool: torch.Tensor,
-        rows: Any,
-        page_table: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        """Run causal attention of ``query [tokens, H_q, head_size]`` into ``out``."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +67,7 @@ class StockRows:
     schedule: torch.Tensor
 
 
-class CPUDevice:
+class CPUDevice(Device):
     """Our own kernels, which read pages as vLLM's kernels lay them out on most CPUs.
 
     On others, for float16, or without a C++ compiler, vLLM's stock kernel serves,
@@ -194,12 +131,6 @@ class CPUDevice:
         ops.cpu_attn_reshape_and_cache(
             key.unsqueeze(1), value.unsqueeze(1), keys, values, slots, self._isa
         )
-
-    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return self._read(pool, pages, 0)
-
-    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return self._read(pool, pages, 1)
 
     def prepare_statistics(self, pool: torch.Tensor) -> None:
         native.library()

@@ -15,6 +15,7 @@ import torch
 
 from kvserve.engine.batch.head_major import HeadMajor
 from kvserve.engine.batch.rows import RowShapes
+from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.uploads import upload
 from kvserve.kernels import statistics, triton_rows
 from kvserve.kernels.page_formats import PageFormat
@@ -39,7 +40,7 @@ class TritonRows:
     most_queries: int
 
 
-class TritonDevice:
+class TritonDevice(Device):
     """Writes, reads and attends to pages ``[page_size, 2 * D]``, K before V.
 
     Args:
@@ -73,12 +74,6 @@ class TritonDevice:
         slots: torch.Tensor,
     ) -> None:
         triton_rows.write_rows(key, value, pool, slots, self._format)
-
-    def read_keys(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return self._read(pool, pages, 0)
-
-    def read_values(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        return self._read(pool, pages, 1)
 
     def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
         if self._format is None:

@@ -11,8 +11,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvserve.engine.batch.page_tables import PageTables
-from kvserve.engine.devices.cpu import CPUDevice, Device
+from kvserve.engine.devices.cpu import CPUDevice
 from kvserve.engine.devices.cpu_converting import ConvertingCPUDevice
+from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.staging import HostStaging, Staging
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.kernels.page_formats import PageFormat

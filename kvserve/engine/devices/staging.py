@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from kvserve.engine.batch.rows import StepRows
+from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.uploads import Array
-
-if TYPE_CHECKING:  # it imports vLLM, which what stages for a GPU does not need
-    from kvserve.engine.devices.cpu import Device
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
