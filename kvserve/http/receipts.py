@@ -24,15 +24,10 @@ _NAME = re.compile(
     r"(?P<id>((?P<client>.+)-)?[0-9a-f]{32}))"
     r"([-_]\d+)?(-[0-9a-f]{32}-beam-\d+)?(-[0-9a-f]{8})?"
 )
-_SUMMED = (
-    "tokens_seen",
-    "entries_seen",
-    "entries_retained",
-    "entries_evicted",
-    "pages_held",
-    "pages_peak",
-    "pages_full",
-)
+_SUMMED = [
+    name for name, field in Receipt.model_fields.items() if field.annotation is int
+]
+"""Whole numbers are counts, of which a request has those of all its sequences."""
 
 
 def unique_id(client_id: str | None = None) -> str:
