@@ -11,8 +11,8 @@ from kvserve.engine.devices.cpu_converting import ConvertingCPUDevice
 from kvserve.errors import UserError
 from kvserve.kernels import native
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8
-from kvserve.kernels.statistics import CachedRows, row_attention
 from tests.reference.quantised import CACHES, e4m3_numbers, int8_numbers, nearest
+from tests.unit.device_pages import check_mass, check_round_trip
 
 compiled = pytest.mark.skipif(
     not native.can_attend(torch.float32, 64, 32), reason="needs a C++ compiler"
@@ -57,15 +57,10 @@ def test_what_is_written_reads_as_the_reference_rounds_it(
     torch.manual_seed(page_size)
     device = ConvertingCPUDevice(FORMATS[name], dtype, 3, width, page_size)
     keys, values = (tokens(3 * page_size, width).to(dtype) for _ in range(2))
-    pool, pages = empty_pool(name, 6, page_size, width), torch.tensor([[2], [5], [1]])
-    slots = (pages * page_size + torch.arange(page_size)).flatten()
-    device.write(keys, values, pool, slots)
-    for found, given in (
-        (device.read_keys(pool, pages), keys),
-        (device.read_values(pool, pages), values),
-    ):
-        assert found.shape == (3, 1, page_size, width)
-        assert torch.equal(found.reshape(given.shape), CACHES[name](given.float()))
+    pool = empty_pool(name, 6, page_size, width)
+    check_round_trip(
+        device, pool, keys, values, as_read=lambda given: CACHES[name](given.float())
+    )
 
 
 @compiled
@@ -105,18 +100,7 @@ def test_attention_mass_is_that_of_the_rounded_keys(name: str) -> None:
     device = ConvertingCPUDevice(FORMATS[name], torch.float32, 3, 64, 32)
     keys, query = torch.randn(96, 64), torch.randn(2, 3, 64)
     pool = empty_pool(name, 9, 32, 64)
-    table = torch.tensor([[7, 2], [4, 0]], dtype=torch.int32)
-    slots = torch.cat([page * 32 + torch.arange(32) for page in (7, 2, 4)])
-    device.write(keys, keys, pool, slots)
-    mass, expected = torch.ones(9, 32), torch.ones(9 * 32)
-    cached = CachedRows(table, torch.tensor([40, 5]), torch.arange(2), page_size=32)
-    device.add_row_attention(query, pool, cached, 0.125, mass)
-    for row, (first, length) in enumerate(((0, 40), (64, 5))):
-        seen = slice(first, first + length)
-        rounded, whole = CACHES[name](keys[None, seen]), torch.tensor([length])
-        drawn = row_attention(query[row, None], rounded, whole, 0.125)
-        expected[slots[seen]] += drawn[0]
-    torch.testing.assert_close(mass.flatten(), expected, rtol=1e-5, atol=1e-6)
+    check_mass(device, pool, keys, query, as_read=CACHES[name])
 
 
 def test_without_a_compiler_it_says_what_to_install(

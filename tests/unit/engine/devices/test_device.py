@@ -10,7 +10,7 @@ import torch
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.engine.devices.cpu import CPUDevice
 from kvserve.kernels import native
-from kvserve.kernels.statistics import CachedRows, row_attention
+from tests.unit.device_pages import check_mass, check_round_trip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -23,15 +23,7 @@ def test_pages_read_as_they_were_written(
     shape = (3 * page_size, head_size)
     pool = torch.zeros(6, 1, page_size, 2 * head_size, dtype=dtype)
     keys, values = (torch.randn(shape, generator=random).to(dtype) for _ in range(2))
-    pages = torch.tensor([[2], [5], [1]])
-    slots = (pages * page_size + torch.arange(page_size)).flatten()
-    device.write(keys, values, pool, slots)
-    for found, expected in (
-        (device.read_keys(pool, pages), keys),
-        (device.read_values(pool, pages), values),
-    ):
-        assert found.shape == (3, 1, page_size, head_size)
-        assert torch.equal(found.reshape(shape), expected)
+    check_round_trip(device, pool, keys, values, as_read=torch.clone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,20 +37,8 @@ def test_attention_is_added_to_the_tokens_that_were_written(
     random = torch.Generator().manual_seed(0)
     keys = torch.randn(96, 64, generator=random).to(dtype)
     pool = torch.zeros(9, 1, 32, 128, dtype=dtype)
-    table = torch.tensor([[7, 2], [4, 0]], dtype=torch.int32)
-    slots = torch.cat([page * 32 + torch.arange(32) for page in (7, 2, 4)])
-    device.write(keys, keys, pool, slots)
     query = torch.randn(2, 3, 64, generator=random).to(dtype)
-    mass = torch.ones(9, 32)
-    cached = CachedRows(table, torch.tensor([40, 5]), torch.arange(2), page_size=32)
-    device.add_row_attention(query, pool, cached, 0.125, mass)
-    expected = torch.ones(9 * 32)
-    for row, (first, length) in enumerate(((0, 40), (64, 5))):
-        seen = slice(first, first + length)
-        tokens, whole = keys[None, seen], torch.tensor([length])
-        drawn = row_attention(query[row, None], tokens, whole, 0.125)
-        expected[slots[seen]] += drawn[0]
-    torch.testing.assert_close(mass.flatten(), expected, rtol=1e-5, atol=1e-6)
+    check_mass(device, pool, keys, query, as_read=torch.clone)
 
 
 @pytest.mark.parametrize("decodes", [0, 1, 3])
