@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvserve.bench.server import free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 _QUESTION = "What is the capital of France?"
@@ -77,8 +78,7 @@ class Server:
 @contextmanager
 def serving(folder: Path, home: Path, serve: list[str]) -> Iterator[Server]:
     """Run a command that serves, and end it as Ctrl-C does."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = free_port()
     log = home / f"{port}.log"
     environment = {
         **os.environ,

@@ -17,7 +17,7 @@ from kvserve.engine.batch.head_major import HeadMajor
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.uploads import upload
-from kvserve.kernels import statistics, triton_rows
+from kvserve.kernels import triton_rows
 from kvserve.kernels.page_formats import PageFormat
 from kvserve.kernels.statistics import CachedRows
 
@@ -88,11 +88,6 @@ class TritonDevice(Device):
         shape = pool.shape[0], pool.shape[2], self._group_size
         self._scores = torch.empty(shape, dtype=torch.float32, device=pool.device)
 
-    def attention_mass(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return statistics.attention_mass(query, key, scale)
-
     def add_row_attention(
         self,
         query: torch.Tensor,
@@ -118,18 +113,6 @@ class TritonDevice(Device):
             mass=triton_rows.Mass(mass, self._scores),
             page_format=self._format,
         )
-
-    def lightest_slots(
-        self,
-        cached: CachedRows,
-        mass: torch.Tensor,
-        position: torch.Tensor,
-        own: torch.Tensor,
-        safe_from: torch.Tensor,
-        by_count: bool,
-    ) -> torch.Tensor:
-        token_state = mass, position, own, safe_from
-        return statistics.lightest_slots(cached, *token_state, by_count)
 
     def attend(
         self,
