@@ -19,8 +19,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvserve.http.errors import error_response
-from kvserve.http.gateway import Gateway, gateway_of, is_work, path_of
+from kvserve.http.errors import error_response, refuse
+from kvserve.http.gateway import Gateway, gateway_of, is_request, is_work, path_of
 
 engine_died = threading.Event()
 """Set when the engine ended without having been told to."""
@@ -40,30 +40,23 @@ class Draining:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if not is_request(scope):
             await self._app(scope, receive, send)
             return
         gateway, works = gateway_of(scope), is_work(scope)
         if gateway.draining and (works or path_of(scope) in ("/health", "/ping")):
-            await _refuse(scope, receive, send)
+            response = error_response(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "The server is about to stop and takes no new requests.",
+                headers={"Retry-After": str(_RETRY_SECONDS), "Connection": "close"},
+            )
+            await refuse(scope, receive, send, response, close_code=1012)
             return
         gateway.active += works
         try:
             await self._app(scope, receive, send)
         finally:
             gateway.active -= works
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1012})
-        return
-    response = error_response(
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        "The server is about to stop and takes no new requests.",
-        headers={"Retry-After": str(_RETRY_SECONDS), "Connection": "close"},
-    )
-    await response(scope, receive, send)
 
 
 def drain_before_shutdown(engine_client: Any, state: Any) -> None:

@@ -10,6 +10,7 @@ from fastapi.dependencies.utils import request_body_to_args
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "AuthenticationError",
@@ -35,6 +36,16 @@ def error_response(
         "code": status.value,
     }
     return JSONResponse({"error": error}, status, headers)
+
+
+async def refuse(
+    scope: Scope, receive: Receive, send: Send, response: JSONResponse, close_code: int
+) -> None:
+    """Answer a request with ``response``; a WebSocket is closed before it opens."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": close_code})
+    else:
+        await response(scope, receive, send)
 
 
 async def http_exception_response(_: Request, error: Exception) -> JSONResponse:

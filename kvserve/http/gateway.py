@@ -55,6 +55,11 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
+def is_request(scope: Scope) -> bool:
+    """Tell a request from the start and the end of the app."""
+    return scope["type"] in ("http", "websocket")
+
+
 def is_work(scope: Scope) -> bool:
     """Tell whether a request asks for work instead of looking at something."""
     return scope["type"] == "websocket" or (

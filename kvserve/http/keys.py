@@ -11,8 +11,8 @@ from http import HTTPStatus
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvserve.http.errors import error_response
-from kvserve.http.gateway import gateway_of, path_of
+from kvserve.http.errors import error_response, refuse
+from kvserve.http.gateway import gateway_of, is_request, path_of
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 """What probes and scrapers ask for; they carry no key."""
@@ -46,17 +46,15 @@ class ApiKeys:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or self._may_pass(scope):
+        if not is_request(scope) or self._may_pass(scope):
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
         else:
             response = error_response(
                 HTTPStatus.UNAUTHORIZED,
                 NEEDS_KEY,
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await response(scope, receive, send)
+            await refuse(scope, receive, send, response, close_code=1008)
 
     def _may_pass(self, scope: Scope) -> bool:
         keys = gateway_of(scope).api_keys

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvserve.http.gateway import Gateway, gateway_of, is_work
+from kvserve.http.gateway import Gateway, gateway_of, is_request, is_work
 from kvserve.http.notices import HEADER as NOTICE
 from kvserve.http.notices import collect
 from kvserve.http.receipts import of_request, unique_id
@@ -31,7 +31,7 @@ class RequestIds:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if not is_request(scope):
             await self._app(scope, receive, send)
             return
         scope = {**scope, "headers": list(scope["headers"])}
