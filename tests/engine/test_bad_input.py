@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from kvserve import cores
 from kvserve.cli import main
 from kvserve.engine.settings import PolicySettings
-from kvserve.engine.start.options import engine_options, prepare_environment
+from kvserve.engine.start.options import engine_options
 from kvserve.engine.start.preflight import check_start
 from kvserve.errors import UserError
-from kvserve.units import format_bytes
 from tests.engine.conftest import Model
-from tests.engine.harness import PAGE
 
 pytestmark = pytest.mark.engine
 
@@ -193,70 +188,6 @@ def test_a_list_of_cores_for_another_number_of_workers_is_refused(
     assert "VLLM_CPU_OMP_THREADS_BIND=0|1|0: names cores for 3 workers" in line
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, "0,1,2,3,4"),
-        ({"tensor_parallel_size": 2}, "0,1|2,3,4"),
-        ({"data_parallel_size": 2}, "0,1|2,3,4"),
-        ({"data_parallel_size": 8, "data_parallel_size_local": 2}, "0,1|2,3,4"),
-        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, "0|1|2|3,4"),
-        ({"tensor_parallel_size": 8}, "nobind"),
-    ],
-)
-def test_every_worker_gets_cores_of_its_own(
-    options: dict[str, int], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine(5, None, monkeypatch)
-    for before in (None, "0,1,2,3,4", "0,1|2,3,4"):  # as earlier engines left it
-        monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-        if before is not None:
-            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", before)
-        prepare_environment(options)
-        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == expected
-
-
-def machine(visible: int, quota: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to have cores; what is set for them lasts as long as the test."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(visible)))
-    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(cores, "_ASKED", "")
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
-        monkeypatch.setenv(name, "")
-
-
-@pytest.mark.parametrize(
-    ("options", "threads", "said"),
-    [
-        ({}, "4", "1 worker x 4 threads on 4 of 16 cores: the CPU quota is 4"),
-        ({"data_parallel_size": 2}, "2", "2 workers x 2 threads on 4 of 16 cores: "),
-        ({"tensor_parallel_size": 8}, "1", "8 workers x 1 thread on 4 of 16 cores: "),
-    ],
-)
-def test_workers_share_the_quota_of_a_container(
-    options: dict[str, int], threads: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine(16, 4.0, monkeypatch)
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
-    assert prepare_environment(options).startswith(said)
-    assert os.environ["OMP_NUM_THREADS"] == threads
-    # Another container may have chosen the first cores as well.
-    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-
-
-@pytest.mark.parametrize(
-    ("binding", "in_engine"), [("nobind", True), ("auto", True), ("2-3", False)]
-)
-def test_cores_that_the_user_names_are_those_of_a_worker_of_its_own(
-    binding: str, in_engine: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM binds the threads of worker processes alone."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
-    options = engine_options(_FULL, {})
-    assert ("distributed_executor_backend" in options) == in_engine
-
-
 def test_a_pool_too_small_for_one_request_names_both_flags(
     models: dict[str, Model], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,66 +221,6 @@ def test_a_profile_of_another_model_is_refused(
     other = f"profile={models['tiny-mha'].profile}"
     line = _refusal([*argv, "--policy-arg", other, "--kv-memory", "1G"], capsys)
     assert "is of another model" in line
-
-
-def test_without_a_profile_the_default_policy_is_full_and_says_so(
-    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", str(models["tiny-gqa"].path), "--kv-memory", "64M"]) == 0
-    shown = capsys.readouterr().err
-    assert "no profile ships" in shown
-    assert "keep everything" in shown
-
-
-def test_plan_knows_what_pages_hold_and_what_requests_may_name(
-    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "sink-recent"]
-    argv += ["--dtype", "float32", "--kv-memory", "64M"]
-    said = []
-    for own in ([], ["--kv-cache-dtype", "int8_per_token_head"]):
-        assert main([*argv, *own]) == 0
-        said.append(capsys.readouterr().out)
-    width = models["tiny-gqa"].shape.head_size
-    for shown, token in zip(said, (2 * width * 4, 2 * width + 8), strict=True):
-        assert f"of {format_bytes(PAGE * token)} pages" in shown
-    assert main([*argv, "--allow-request-policies"]) == 0
-    assert "name a policy of its own" in capsys.readouterr().err
-
-
-def test_plan_lays_policies_side_by_side(
-    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["plan", str(models["tiny-gqa"].path), "--kv-memory", "64M"]
-    argv += ["--max-model-len", "1024", "--policy", "h2o:budget=25%,norm=count"]
-    argv += ["--policy", "sink-recent:budget=512"]
-    assert main(argv) == 0
-    header, *_, last = capsys.readouterr().out.strip().splitlines()[2:]
-    assert header.split()[-2:] == [
-        "h2o:budget=25%,norm=count",
-        "sink-recent:budget=512",
-    ]
-    assert [word for word in last.split() if "%" in word] == ["25.0%", "50.0%"]
-    assert main([*argv, "--policy-arg", "norm=none"]) == 2
-    assert "--policy-arg norm=none: of which policy?" in capsys.readouterr().err
-
-
-def test_plan_says_what_uneven_ranks_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["plan", "--policy", "retrieval", "--policy-arg", "full_ratio=0.1"]
-    argv += ["--kv-memory", "512M", "--tensor-parallel-size", "3"]
-    assert main(argv) == 0
-    shown = capsys.readouterr()
-    assert "on each of 3 ranks" in shown.out
-    # Of nine full heads one rank has five, and its share would be three.
-    assert "of 3 ranks the one that holds most decides: 1.40 times" in shown.err
-
-
-def test_plan_says_when_compression_cannot_help(
-    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["plan", str(models["tiny-gqa"].path), "--policy", "sink-recent"]
-    assert main([*argv, "--kv-memory", "8G", "--max-num-seqs", "2"]) == 0
-    assert "cannot raise throughput" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
