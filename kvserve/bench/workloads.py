@@ -16,12 +16,16 @@ from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.texts.haystack import Book, load_book, passage
+from kvserve.texts.user_files import read_objects
 
 Message = dict[str, str]
 
 # Of these two novels, by the tokenizer of the embedded model.
 _CHARACTERS_PER_TOKEN = 4.4
 _BOOKS: tuple[Book, ...] = ("northanger_abbey", "persuasion")
+_FORM = (
+    'expected {"prompt": "...", "output_tokens": 64}, or messages instead of a prompt'
+)
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,8 @@ def read_workload(path: Path, output_tokens: int | None = None) -> list[Request]
     Raises:
         UserError: names the file, the line and what is wrong with it.
     """
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--workload {path}: cannot be read ({error})") from None
-    requests = [
-        _parse(line, output_tokens, f"--workload {path}: line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not requests:
-        raise UserError(f"--workload {path}: has no line; see `kvserve bench --help`")
-    return requests
+    found = read_objects(path, "--workload", _FORM)
+    return [_parse(record, output_tokens, where) for where, record in found]
 
 
 def write_workload(path: Path, requests: Sequence[Request]) -> None:
@@ -109,13 +103,7 @@ def write_workload(path: Path, requests: Sequence[Request]) -> None:
         raise UserError(f"--write-workload {path}: {error.strerror}") from None
 
 
-def _parse(line: str, output_tokens: int | None, where: str) -> Request:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object with prompt or messages")
+def _parse(record: dict[str, Any], output_tokens: int | None, where: str) -> Request:
     tokens = output_tokens or record.get("output_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise UserError(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
 from kvserve.evaluation.tasks import Place, Sample, Task
 from kvserve.texts.needles import chat, encode
+from kvserve.texts.user_files import read_objects
 
 _REPLY = 64
 _FORM = 'expected {"prompt": "...", "answer": "..."}; answer may be a list of strings'
@@ -31,27 +31,11 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         UserError: names the file, and the line that is malformed.
     """
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task {path}: cannot be read ({error})") from None
-    questions = [
-        _question(line, f"--task {path}: line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not questions:
-        raise UserError(f"--task {path}: has no questions; {_FORM}, one a line")
-    return questions
+    found = read_objects(path, "--task", _FORM)
+    return [_question(values, where) for where, values in found]
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error.msg}); {_FORM}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: is not an object; {_FORM}")
+def _question(values: dict[str, Any], where: str) -> Question:
     prompt, answer = values.get("prompt"), values.get("answer")
     answers = [answer] if isinstance(answer, str) else answer
     if not isinstance(prompt, str) or not prompt:

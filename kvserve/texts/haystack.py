@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvserve.errors import UserError
+from kvserve.texts.user_files import read_user_text
 
 Book = Literal["northanger_abbey", "persuasion"]
 
@@ -32,10 +33,7 @@ def load_text(path: Path, flag: str = "--data") -> str:
     Raises:
         UserError: the file cannot be read, or is too short to hide anything in.
     """
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error})") from None
+    text = read_user_text(path, flag)
     if len(text) < _MIN_CHARACTERS or not _SENTENCE_END.search(text):
         raise UserError(
             f"{flag} {path}: has {len(text)} characters; give a text of whole "

@@ -94,7 +94,7 @@ def test_the_command_writes_a_workload_and_sends_nothing(tmp_path: Path) -> None
     ("line", "said"),
     [
         ("{", "line 2: is not JSON"),
-        ("[]", "line 2: expected an object"),
+        ("[]", r"line 2: is not an object; expected {.prompt"),
         ('{"prompt": "a"}', "line 2: output_tokens"),
         ('{"prompt": "a", "output_tokens": 0}', "line 2: output_tokens"),
         ('{"prompt": "a", "output_tokens": true}', "line 2: output_tokens"),

@@ -268,7 +268,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> N
 
 
 def test_an_empty_or_missing_file_of_questions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no questions"):
+    with pytest.raises(UserError, match=r"has no line; expected {.prompt"):
         read_questions(write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")
