@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from kvserve.profiling.answers import answer_log_probs, divergence
 from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.recital import Recital, build_recital
 from kvserve.texts.families import PROFILING
@@ -121,8 +122,8 @@ def train_gates(
     with tqdm(total=steps, initial=run.step, disable=not progress) as bar:
         while run.step < steps:
             recital = _recital(tokenizer, settings, run.step, text)
-            divergence = _learn(model, attention, run, recital, settings)
-            bar.set_postfix_str(f"KL {divergence:.3f}, open {run.mean_gate:.0%}")
+            distance = _learn(model, attention, run, recital, settings)
+            bar.set_postfix_str(f"KL {distance:.3f}, open {run.mean_gate:.0%}")
             bar.update()
             _save(run, store)
     return run.total.cpu() / steps
@@ -206,21 +207,13 @@ def _learn(
     settings: GateSettings,
 ) -> float:
     """Take one step; return how far the gated model was from the full one."""
-    token_ids = torch.tensor([recital.token_ids], device=model.device)
-    before = torch.tensor(recital.answers, device=model.device) - 1
     attention.gates = None
     with torch.no_grad():
-        full = model(token_ids, use_cache=False, logits_to_keep=before).logits[0]
+        full = answer_log_probs(model, recital)
     attention.gates = run.gates
-    gated = model(token_ids, use_cache=False, logits_to_keep=before).logits[0]
-    divergence = functional.kl_div(
-        gated.log_softmax(-1),
-        full.log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
-    )
+    distance = divergence(full, answer_log_probs(model, recital))
     rate = _LEARNING_RATE * min(
         1.0, (run.step + 1) / 10, 5 * (1 - run.step / settings.steps)
     )
-    run.update(divergence + settings.penalty * run.gates.mean(), rate)
-    return float(divergence.detach())
+    run.update(distance + settings.penalty * run.gates.mean(), rate)
+    return float(distance.detach())

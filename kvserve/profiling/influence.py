@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvserve.profiling.answers import answer_log_probs
 from kvserve.profiling.attention_hook import PromptAttention
 from kvserve.profiling.recital import Recital
 
@@ -214,15 +215,13 @@ def measure_influence(
         seed: Draws the tokens that take the answers' places in the loss.
     """
     tokens = torch.tensor([recital.token_ids], device=model.device)
-    before = torch.tensor(recital.answers, device=model.device) - 1
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=before).logits
-    log_probs = logits[0].log_softmax(-1)
+    log_probs = answer_log_probs(model, recital, inputs)
     generator = torch.Generator().manual_seed(seed)
     reply = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
     loss = -log_probs.gather(1, reply.to(model.device)).sum()
     probe.curves.clear()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     curves = torch.stack([probe.curves[layer] for layer in sorted(probe.curves)])
     if probe.changes is hidden_jointly:
         curves = curves.square() / 2

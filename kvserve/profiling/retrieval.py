@@ -38,6 +38,7 @@ from kvserve.profiling.runs import (
     add_files,
     add_flags,
     appending,
+    at_least_one,
     files_of,
     finished,
     load_model,
@@ -101,10 +102,7 @@ class RetrievalSettings:
     gate_length: int = 1792
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "depths", "needles", "max_decode_tokens"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+        at_least_one(self, "lengths", "depths", "needles", "max_decode_tokens")
         if not 128 <= self.min_length <= self.max_length:
             raise UserError(
                 f"--min-length {self.min_length} --max-length {self.max_length}: the "

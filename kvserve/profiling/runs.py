@@ -183,6 +183,19 @@ def read_flags(args: argparse.Namespace, settings: type[Item]) -> Item:
     return settings(**values)
 
 
+def at_least_one(settings: Any, *names: str) -> None:
+    """Refuse numbers below 1 in those fields of a settings dataclass.
+
+    Raises:
+        UserError: names the flag of the first.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: must be at least 1")
+
+
 def _shown(default: Any) -> str:
     values = default if isinstance(default, tuple) else (default,)
     return " ".join(map(str, values))

@@ -4,7 +4,7 @@
 Measure what each window of each head would cost, at several lengths
 (``influence.py``); choose rules that cost the least at all of them together
 (``elastic.py``); see how far each plan that is left is from the dense model, on longer
-prompts than any that was measured (``spans.py``).
+prompts than any that was measured (``spans.py``, ``answers.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.errors import UserError
+from kvserve.profiling.answers import answer_log_probs, divergence
 from kvserve.profiling.elastic import (
     Choice,
     Problem,
@@ -36,8 +37,14 @@ from kvserve.profiling.influence import (
     measure_influence,
 )
 from kvserve.profiling.recital import Recital, build_recital
-from kvserve.profiling.runs import appending, finished, load_model, store_path
-from kvserve.profiling.spans import SpanAttention, answer_log_probs, divergence
+from kvserve.profiling.runs import (
+    appending,
+    at_least_one,
+    finished,
+    load_model,
+    store_path,
+)
+from kvserve.profiling.spans import SpanAttention
 from kvserve.texts.families import PROFILING
 from policies.moa import span
 
@@ -71,10 +78,7 @@ class MoASettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("items", "intervals", "validation_items"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)}: must be at least 1")
+        at_least_one(self, "items", "intervals", "validation_items")
         if self.measure not in get_args(Measure):
             known = " or ".join(get_args(Measure))
             raise UserError(f"--measure {self.measure}: must be {known}")
@@ -213,6 +217,7 @@ class SpanSearch:
         by_item = np.array(distances).reshape(-1, len(plans))
         return [float(mean) for mean in by_item.mean(axis=0)]
 
+    @torch.no_grad()
     def _distance(
         self, attention: SpanAttention, item: int, spans: list[list[int]]
     ) -> float:
@@ -223,7 +228,8 @@ class SpanSearch:
             attention.spans = None
             self._dense = {item: answer_log_probs(self.model, recital)}
         attention.spans = spans
-        return divergence(self._dense[item], answer_log_probs(self.model, recital))
+        found = answer_log_probs(self.model, recital)
+        return float(divergence(self._dense[item], found))
 
     def _plan(self, problem: Problem, choice: Choice, rules: list[Rule]) -> Plan:
         heads, settings = self.config.num_key_value_heads, self.settings

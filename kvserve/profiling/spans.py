@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose KV heads have spans: how far its answers are from the dense one."""
+"""A model whose KV heads have spans, each its own."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kvserve.profiling.attention_hook import PromptAttention
-from kvserve.profiling.recital import Recital
 
 PAGE = 32
 SINKS = 64
@@ -79,20 +76,3 @@ def _attend(
 def _window_start(rows: Tensor, span: int) -> Tensor:
     """First position in the window of each row; its own page is part of the window."""
     return (rows // PAGE - (span - SINKS) // PAGE + 1) * PAGE
-
-
-@torch.no_grad()
-def answer_log_probs(model: Any, recital: Recital) -> Tensor:
-    """Return next-token log-probabilities at the answers' tokens, ``[answers, V]``."""
-    tokens = torch.tensor([recital.token_ids], device=model.device)
-    before = torch.tensor(recital.answers, device=model.device) - 1
-    logits = model(tokens, use_cache=False, logits_to_keep=before).logits[0]
-    log_probs: Tensor = logits.log_softmax(-1)
-    return log_probs
-
-
-def divergence(dense: Tensor, other: Tensor) -> float:
-    """Return the mean KL divergence from ``dense`` over answer tokens, in nats."""
-    return float(
-        functional.kl_div(other, dense, reduction="batchmean", log_target=True)
-    )

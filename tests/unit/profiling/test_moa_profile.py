@@ -16,9 +16,10 @@ from kvserve.errors import UserError
 from kvserve.models import EMBEDDED_MODEL
 from kvserve.plan.page_plan import PagePlan
 from kvserve.profiling import moa, span_search
+from kvserve.profiling.answers import divergence
 from kvserve.profiling.moa import profile_moa
 from kvserve.profiling.span_search import MoASettings
-from kvserve.profiling.spans import SpanAttention, divergence
+from kvserve.profiling.spans import SpanAttention
 from policies.base import HeadBudget, ModelShape
 from policies.moa import MoA
 from tests.reference.visibility import visible_positions
@@ -103,7 +104,7 @@ def test_spans_of_everything_are_the_dense_model() -> None:
         dense = model(token_ids, use_cache=False).logits[0].log_softmax(-1)
         attention.spans = [[200] * KV_HEADS] * LAYERS
         other = model(token_ids, use_cache=False).logits[0].log_softmax(-1)
-    assert divergence(dense, other) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(dense, other)) == pytest.approx(0, abs=1e-6)
     assert divergence(dense, dense.roll(1, 0)) > 0.01
 
 
