@@ -48,37 +48,26 @@ def naming(policy: object) -> dict[str, Any]:
     return {"vllm_xargs": {"kv_policy": policy}}
 
 
+def asked(policy: object, stream: bool, extra: dict[str, Any]) -> dict[str, Any]:
+    """What all routes are asked alike."""
+    body = {**naming(policy), **extra}
+    return {"model": MODEL, "temperature": 0, "stream": stream, "extra_body": body}
+
+
 def chat(client: OpenAI, policy: object, stream: bool, **extra: Any) -> Any:
-    return client.chat.completions.create(
-        model=MODEL,
-        messages=[{"role": "user", "content": LONG}],
-        max_tokens=8,
-        temperature=0,
-        stream=stream,
-        extra_body={**naming(policy), **extra},
-    )
+    messages: Any = [{"role": "user", "content": LONG}]
+    ask = client.chat.completions.create
+    return ask(messages=messages, max_tokens=8, **asked(policy, stream, extra))
 
 
 def complete(client: OpenAI, policy: object, stream: bool, **extra: Any) -> Any:
-    return client.completions.create(
-        model=MODEL,
-        prompt=LONG,
-        max_tokens=8,
-        temperature=0,
-        stream=stream,
-        extra_body={**naming(policy), **extra},
-    )
+    ask = client.completions.create
+    return ask(prompt=LONG, max_tokens=8, **asked(policy, stream, extra))
 
 
 def respond(client: OpenAI, policy: object, stream: bool, **extra: Any) -> Any:
-    return client.responses.create(
-        model=MODEL,
-        input=LONG,
-        max_output_tokens=8,
-        temperature=0,
-        stream=stream,
-        extra_body={**naming(policy), **extra},
-    )
+    ask = client.responses.create
+    return ask(input=LONG, max_output_tokens=8, **asked(policy, stream, extra))
 
 
 ASKS = [chat, complete, respond]
