@@ -111,16 +111,36 @@ class Engine:
     @property
     def manager(self) -> Any:
         """Who gives pages of the pool to requests."""
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (manager,) = self._managers
         return manager
+
+    @property
+    def _managers(self) -> Any:
+        """One for each kind of layer, in stock vLLM."""
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers
 
     def check_books(self) -> None:
         """Check that pool, lists and index agree; stock vLLM has none of ours."""
         from kvserve.engine.scheduling.integrity import check_integrity
         from kvserve.engine.scheduling.manager import HeadPagedManager
 
-        if isinstance(self.manager, HeadPagedManager):
-            assert check_integrity(self.manager, self.scheduler.requests) == []
+        for manager in self._managers:
+            if isinstance(manager, HeadPagedManager):
+                assert check_integrity(manager, self.scheduler.requests) == []
+
+    @property
+    def layers(self) -> dict[str, tuple[Any, Any]]:
+        """Layers that cache something and what vLLM would cache, in the model's order.
+
+        A layer that shares another's cache is among them.
+        """
+        config = self._core.vllm_config
+        layers = config.compilation_config.static_forward_context
+        return {
+            name: (layer, layer.get_kv_cache_spec(config))
+            for name, layer in layers.items()
+            if hasattr(layer, "get_kv_cache_spec")
+        }
 
     @property
     def builder(self) -> Any:
