@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "vectors.h"
+#include "scores.h"
 
 namespace {
 
@@ -114,21 +114,24 @@ void pack_keys(const Shape &shape, const Number *keys, int64_t block, Word *out)
 // One tile of queries at a time, with room for the weights of all its rows.
 template <class Word, class Number> class Tile {
   public:
-    Tile(const Shape &shape, float factor)
-        : shape_(shape), factor_(factor), steps_(shape.width / Step<Word>::NUMBERS),
+    Tile(const Shape &shape, const Form &form)
+        : shape_(shape), form_(form), factor_(form.factor()), steps_(shape.width / Step<Word>::NUMBERS),
           groups_(shape.groups_of_tile()), rows_(groups_ * ROWS),
           queries_(rows_ * steps_), weights_(shape.blocks() * rows_ * BLOCK),
           tops_(shape.blocks() * rows_), totals_(shape.blocks() * rows_) {}
 
-    // Add what the rows from `first` on attend to, to the mass of each key.
-    void run(const Number *queries, const Word *keys, int64_t first, float *mass) {
+    // Add what a KV head's rows from `first` on attend to, to the mass of each key.
+    void run(
+        const Number *queries, const Word *keys, int64_t kv_head, int64_t first,
+        float *mass) {
+        kv_head_ = kv_head;
         const int64_t last = std::min(first + rows_, shape_.rows()) - 1;
         pack_queries(queries, first);
         const int64_t blocks = (shape_.seen(last) + BLOCK - 1) / BLOCK;
         for (int64_t block = 0; block < blocks; ++block)
             for (int64_t group = 0; group < groups_; ++group)
                 weigh(keys, block, group, first);
-        normalise(blocks, last - first + 1);
+        normalise(first, blocks, last - first + 1);
         for (int64_t block = 0; block < blocks; ++block)
             add_columns(block, mass + block * BLOCK);
     }
@@ -161,18 +164,33 @@ template <class Word, class Number> class Tile {
             multiply(
                 own, keys + (block * PANELS + panel) * steps_ * PANEL, steps_,
                 factor_, weights + panel * PANEL);
+        if (form_.bends())
+            for (int64_t i = 0; i < ROWS; ++i)
+                bend(row + i, block, visible, weights + i * BLOCK);
         for (int64_t i = 0; i < ROWS; ++i)
             tops_[place + i] = exponentiate(
                 weights + i * BLOCK, seen(row + i, block), BLOCK, totals_[place + i]);
     }
 
+    // What a form makes of a row's logits of a block.
+    void bend(int64_t row, int64_t block, int64_t visible, float *logits) {
+        Head head = form_.head(kv_head_, row % shape_.group, 0);
+        head.own = seen(row, 0) - 1;
+        const int64_t count = (visible + LANES - 1) / LANES * LANES;
+        form_.bend_in_order(head, block * BLOCK, count, logits);
+    }
+
     // Turn the maximum of each row's block into what its powers are to be multiplied
     // with; rows that only fill the tile up count nothing.
-    void normalise(int64_t blocks, int64_t rows) {
+    void normalise(int64_t first, int64_t blocks, int64_t rows) {
         for (int64_t row = 0; row < rows_; ++row) {
-            float top = NEVER, total = 0;
+            float sink, total;
+            form_.start(kv_head_, (first + row) % shape_.group, sink, total);
+            float top = sink;
             for (int64_t block = 0; block < blocks; ++block)
                 top = std::max(top, tops_[block * rows_ + row]);
+            if (total > 0)
+                total = std::exp2(sink - top);
             for (int64_t block = 0; block < blocks; ++block) {
                 float &share = tops_[block * rows_ + row];
                 share = std::exp2(share - top);
@@ -199,7 +217,9 @@ template <class Word, class Number> class Tile {
     }
 
     const Shape shape_;
+    const Form form_;
     const float factor_;
+    int64_t kv_head_ = 0;
     const int64_t steps_, groups_, rows_;
     Buffer<Word> queries_;
     Buffer<float> weights_, tops_, totals_;
@@ -208,7 +228,7 @@ template <class Word, class Number> class Tile {
 template <class Word, class Number>
 void sum_columns(
     const Shape &shape, int64_t kv_heads, const Number *query, const Number *key,
-    float scale, float *mass) {
+    const Form &form, float *mass) {
     const int64_t width = shape.blocks() * BLOCK;
     const int64_t steps = shape.width / Step<Word>::NUMBERS;
     const int64_t tile_rows = shape.groups_of_tile() * ROWS;
@@ -219,7 +239,7 @@ void sum_columns(
     {
         const int team = omp_get_num_threads();
         float *own = parts + omp_get_thread_num() * width;
-        Tile<Word, Number> tile(shape, scale * LOG2_E);
+        Tile<Word, Number> tile(shape, form);
         for (int64_t head = 0; head < kv_heads; ++head) {
             const Number *keys = key + head * shape.keys * shape.width;
             const Number *queries = query + head * shape.rows() * shape.width;
@@ -229,7 +249,7 @@ void sum_columns(
                 pack_keys(shape, keys, block, packed + block * BLOCK * steps);
 #pragma omp for schedule(static, 1)
             for (int64_t first = 0; first < shape.rows(); first += tile_rows)
-                tile.run(queries, packed, first, own);
+                tile.run(queries, packed, head, first, own);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < shape.keys; ++i) {
                 float sum = 0;
@@ -245,21 +265,25 @@ void sum_columns(
 
 // query [kv_heads * group, queries, width], key [kv_heads, keys, width], both
 // contiguous, and mass [kv_heads, keys]; queries are those of the last keys. The width
-// is even.
+// is even. `scores` may be none; keys stand where they lie.
 extern "C" void attention_mass_float32(
     const float *query, const float *key, float *mass, int64_t kv_heads, int64_t group,
-    int64_t queries, int64_t keys, int64_t width, float scale) {
+    int64_t queries, int64_t keys, int64_t width, float scale,
+    const Scores *scores) {
     const Shape shape{group, queries, keys, width};
-    sum_columns<float>(shape, kv_heads, query, key, scale, mass);
+    const Form form(scores, group, scale);
+    sum_columns<float>(shape, kv_heads, query, key, form, mass);
 }
 
 extern "C" void attention_mass_bfloat16(
     const uint16_t *query, const uint16_t *key, float *mass, int64_t kv_heads,
-    int64_t group, int64_t queries, int64_t keys, int64_t width, float scale) {
+    int64_t group, int64_t queries, int64_t keys, int64_t width, float scale,
+    const Scores *scores) {
     const Shape shape{group, queries, keys, width};
+    const Form form(scores, group, scale);
 #if defined(__AVX512BF16__)
-    sum_columns<uint32_t>(shape, kv_heads, query, key, scale, mass);
+    sum_columns<uint32_t>(shape, kv_heads, query, key, form, mass);
 #else
-    sum_columns<float>(shape, kv_heads, query, key, scale, mass);
+    sum_columns<float>(shape, kv_heads, query, key, form, mass);
 #endif
 }

@@ -26,7 +26,8 @@ _SOURCES = [
     FOLDER / "write_pages.cpp",
 ]
 _HEADERS = [
-    FOLDER / name for name in ("vectors.h", "pages.h", "numbers.h", "products.h")
+    FOLDER / name
+    for name in ("vectors.h", "pages.h", "numbers.h", "products.h", "scores.h")
 ]
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
 _CPU_FEATURES = ("flags", "Features")

@@ -12,6 +12,7 @@
 #endif
 
 #include "products.h"
+#include "scores.h"
 
 namespace {
 
@@ -125,19 +126,24 @@ template <class Page, class Product> class Attention {
     using Number = typename Product::Number;
 
   public:
-    Attention(const Pool<Page> &pool, int64_t group, float factor)
-        : pool_(pool), group_(group), quads_((group + HEADS - 1) / HEADS),
-          factor_(factor), queries_(quads_ * HEADS * pool.width / Product::STEP),
+    Attention(const Pool<Page> &pool, int64_t group, const Form &form)
+        : pool_(pool), group_(group), quads_((group + HEADS - 1) / HEADS), form_(form),
+          factor_(form.factor()), queries_(quads_ * HEADS * pool.width / Product::STEP),
           logits_(HEADS * TOKENS) {}
 
     // Leave sums [group, width], in the order of `load`, peaks and masses [group].
     void run(
-        Numbers query, const int32_t *pages, int64_t first, int64_t last, float *sums,
-        float *peaks, float *masses) {
+        Numbers query, const int32_t *pages, const Part &part, float *sums, float *peaks,
+        float *masses) {
+        const int64_t first = part.first, last = part.last;
+        row_ = part.row;
         pack(query);
         std::fill(sums, sums + group_ * pool_.width, 0.0f);
         std::fill(peaks, peaks + group_, NEVER);
         std::fill(masses, masses + group_, 0.0f);
+        // A row has its sinks once, however many parts it has.
+        for (int64_t head = 0; first == 0 && head < group_; ++head)
+            form_.start(form_.kv_head(row_), head, peaks[head], masses[head]);
         for (int64_t start = first; start < last; start += TOKENS) {
             for (int64_t head = 0; head < group_; head += HEADS) {
                 float *const own = sums + head * pool_.width;
@@ -185,6 +191,8 @@ template <class Page, class Product> class Attention {
         const int64_t padded = (count + together - 1) / together * together;
         if (is_scaled<Page>)
             apply_scales(pool_, true, pages, start, padded, heads, TOKENS, logits_);
+        if (form_.bends())
+            bend(heads, head, pages, start, padded);
         for (int i = 0; i < heads; ++i)
             soften(logits_ + i * TOKENS, count, padded, sums + i * width,
                    peaks[head + i], masses[head + i]);
@@ -205,6 +213,15 @@ template <class Page, class Product> class Attention {
                     sums + d);
             token += run;
         }
+    }
+
+    // What a form makes of the logits of some heads.
+    void bend(
+        int heads, int64_t head, const int32_t *pages, int64_t start, int64_t padded) {
+        for (int i = 0; i < heads; ++i)
+            form_.bend(
+                form_.head(form_.kv_head(row_), head + i, form_.token(row_)), pool_,
+                pages, start, padded, logits_ + i * TOKENS);
     }
 
     // Turn logits into powers below the new peak, and bring the sums down to it.
@@ -231,7 +248,9 @@ template <class Page, class Product> class Attention {
 
     const Pool<Page> pool_;
     const int64_t group_, quads_;
+    const Form form_;
     const float factor_;
+    int64_t row_ = 0;
     Buffer<Number> queries_;
     Buffer<float> logits_;
 };
@@ -293,7 +312,7 @@ void join(
 template <class Page, class Product>
 void decode(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const Pool<Page> &pool, Product, Numbers query, int64_t group, float scale,
+    const Pool<Page> &pool, Product, Numbers query, int64_t group, const Form &form,
     Numbers out) {
     const int64_t width = pool.width;
     const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
@@ -302,14 +321,14 @@ void decode(
     const Sums found(count, group, width);
 #pragma omp parallel if (tokens > WORTH_THREADS)
     {
-        Attention<Page, Product> attention(pool, group, scale * LOG2_E);
+        Attention<Page, Product> attention(pool, group, form);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
             const Part &part = parts[i];
             attention.run(
-                query.from(part.row * group * width), table + part.row * stride,
-                part.first, part.last, found.sums + i * group * width,
-                found.peaks + i * group, found.masses + i * group);
+                query.from(part.row * group * width), table + part.row * stride, part,
+                found.sums + i * group * width, found.peaks + i * group,
+                found.masses + i * group);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
@@ -327,14 +346,16 @@ void decode(
 } // namespace
 
 // Arrays are contiguous, but for the page table, whose rows are `stride` apart. Queries
-// and `out` are bfloat16 or float32. A row without tokens gets zeros.
+// and `out` are bfloat16 or float32. A row without tokens gets zeros. `scores` may be
+// none; where they differ by head, rows are (token, KV head) in this order.
 extern "C" void decode_attention(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
     int64_t kind, void *pool, int64_t page_size, int64_t width, int64_t is_half,
-    const void *query, int64_t group, float scale, void *out) {
+    const void *query, int64_t group, float scale, void *out, const Scores *scores) {
+    const Form form(scores, group, scale);
     with_products(
         kind, pool, page_size, width, is_half, [&](const auto &pages, auto product) {
             decode(table, stride, lengths, rows, pages, product, {query, is_half}, group,
-                   scale, {out, is_half});
+                   form, {out, is_half});
         });
 }

@@ -3,11 +3,13 @@
 // statistics.lightest_slots on a CPU.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
 #include "numbers.h"
 #include "pages.h"
+#include "scores.h"
 
 namespace {
 
@@ -26,9 +28,8 @@ struct Rows {
     int64_t pages(int64_t row) const {
         return (lengths[row] + page_size - 1) / page_size;
     }
-    int64_t page(int64_t row, int64_t number) const {
-        return table[row * stride + number];
-    }
+    const int32_t *list(int64_t row) const { return table + row * stride; }
+    int64_t page(int64_t row, int64_t number) const { return list(row)[number]; }
     int64_t longest() const {
         int64_t most = 0;
         for (int64_t i = 0; i < count; ++i)
@@ -62,8 +63,8 @@ template <class Page> struct Keys {
 template <class Page> class RowAttention {
   public:
     RowAttention(
-        const Rows &rows, const Keys<Page> &keys, int64_t group, float factor)
-        : rows_(rows), keys_(keys), group_(group), factor_(factor),
+        const Rows &rows, const Keys<Page> &keys, int64_t group, const Form &form)
+        : rows_(rows), keys_(keys), group_(group), form_(form), factor_(form.factor()),
           quads_((group + HEADS - 1) / HEADS), room_(rows.longest()),
           width_(keys.pool.width), queries_(quads_ * HEADS * width_),
           page_(rows.page_size * width_),
@@ -80,7 +81,7 @@ template <class Page> class RowAttention {
                     multiply(quad, token, i * size + token);
         }
         for (int64_t head = 0; head < group_; ++head)
-            normalise(head, rows_.lengths[row], pages * size);
+            normalise(head, row, pages * size);
         for (int64_t i = 0; i < pages; ++i) {
             float *own = mass + rows_.page(row, i) * size;
             for (int64_t token = 0; token < size; ++token)
@@ -115,9 +116,17 @@ template <class Page> class RowAttention {
     }
 
     // Turn a head's logits into attention, and gather it in the first head's place.
-    void normalise(int64_t head, int64_t length, int64_t size) {
-        float *weights = weights_ + head * room_, *sum = weights_, total;
-        exponentiate(weights, length, size, total);
+    void normalise(int64_t head, int64_t row, int64_t size) {
+        float *weights = weights_ + head * room_, *sum = weights_, total, sink, more;
+        const int64_t kv_head = form_.kv_head(row);
+        if (form_.bends())
+            form_.bend(
+                form_.head(kv_head, head, form_.token(row)), keys_.pool, rows_.list(row),
+                0, size, weights);
+        const float top = exponentiate(weights, rows_.lengths[row], size, total);
+        form_.start(kv_head, head, sink, more);
+        if (more > 0)
+            total += std::exp2(sink - top);
         const float share = 1 / total;
         for (int64_t i = 0; i < size; i += LANES) {
             const Floats drawn = vector_at(weights + i) * share;
@@ -128,6 +137,7 @@ template <class Page> class RowAttention {
     const Rows rows_;
     const Keys<Page> keys_;
     const int64_t group_;
+    const Form form_;
     const float factor_;
     const int64_t quads_, room_, width_;
     Buffer<float> queries_, page_, weights_;
@@ -136,12 +146,12 @@ template <class Page> class RowAttention {
 template <class Page>
 void add_attention(
     const Rows &rows, const Pool<Page> &pool, const int32_t *places, Numbers query,
-    int64_t group, float scale, float *mass) {
+    int64_t group, const Form &form, float *mass) {
     const Keys<Page> keys{pool, places};
     const int64_t longest = rows.longest();
 #pragma omp parallel if (longest * rows.count > WORTH_THREADS)
     {
-        RowAttention<Page> attention(rows, keys, group, scale * LOG2_E);
+        RowAttention<Page> attention(rows, keys, group, form);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows.count; ++i) {
             const int64_t row = rows.rows[i];
@@ -183,10 +193,11 @@ void add_row_attention(
     const int32_t *table, int64_t stride, const int64_t *lengths, const int64_t *rows,
     int64_t count, int64_t page_size, int64_t kind, void *pool, const int32_t *places,
     int64_t width, int64_t is_half, const void *query, int64_t group, float scale,
-    float *mass) {
+    float *mass, const Scores *scores) {
     const Rows cached{table, stride, lengths, rows, count, page_size};
     with_pool(kind, pool, page_size, width, [&](const auto &pages) {
-        add_attention(cached, pages, places, {query, is_half}, group, scale, mass);
+        add_attention(
+            cached, pages, places, {query, is_half}, group, {scores, group, scale}, mass);
     });
 }
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kvserve.kernels import statistics
 from kvserve.kernels.compiling import FOLDER, compiled, reason
+from kvserve.kernels.native_scores import Scores, places_of, scores_of
+from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
 _WIDTH_STEP = 32
@@ -103,6 +105,8 @@ def decode_attention(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    form: ScoreForm | None = None,
+    positions: Positions | None = None,
 ) -> None:
     """Attention of one query per row over its own pages; sums are float32.
 
@@ -113,11 +117,14 @@ def decode_attention(
         lengths: keys of each row, ``[rows]``, int32; a row without any gets zeros.
         page_table: ``[rows, W]``, int32.
         out: ``[rows, G, d]``, contiguous, of the queries' type.
+        form: how the model scores; rows are then ``(token, KV head)`` in this order.
+        positions: of the tokens of ``rows`` and of the pool; slopes ask for them.
     """
     rows, group, width = query.shape
     _check_rows(query, out, page_table, query, lengths)
     _require(lengths.dtype == torch.int32, "lengths in int32")
     _check_pool(pool, width)
+    scores = _row_scores(form, positions, _slots(pool), rows, group)
     _attention_function("decode")(
         page_table.data_ptr(),
         page_table.stride(0),
@@ -132,6 +139,7 @@ def decode_attention(
         group,
         scale,
         out.data_ptr(),
+        scores,
     )
 
 
@@ -144,6 +152,8 @@ def prefill_attention(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    form: ScoreForm | None = None,
+    positions: Positions | None = None,
 ) -> None:
     """Causal attention of rows of many queries over their own pages; sums are float32.
 
@@ -159,13 +169,16 @@ def prefill_attention(
         page_table: ``[rows, W]``, int32.
         out: ``[tokens, H_kv, G, d]``, contiguous, of the queries' type; what is in no
             row is left alone.
+        form, positions: as of :func:`decode_attention`, of ``tokens``.
     """
-    _, kv_heads, group, width = query.shape
+    tokens, kv_heads, group, width = query.shape
     _check_rows(query, out, page_table, first, counts, lengths)
     _require(first.dtype == torch.int64, "first queries in int64")
     _require(counts.dtype == lengths.dtype == torch.int32, "lengths in int32")
     _require(query[0].is_contiguous(), "contiguous queries of a token")
     _check_pool(pool, width)
+    places = places_of(form, positions, _slots(pool), tokens)
+    scores = scores_of(form, kv_heads, kv_heads * group, places)
     _attention_function("prefill")(
         page_table.data_ptr(),
         page_table.stride(0),
@@ -184,7 +197,28 @@ def prefill_attention(
         group,
         scale,
         out.data_ptr(),
+        scores,
     )
+
+
+def _row_scores(
+    form: ScoreForm | None,
+    positions: Positions | None,
+    slots: tuple[int, int],
+    rows: int,
+    group: int,
+) -> Scores | None:
+    """Lay out a form for rows of one query, ``(token, KV head)``."""
+    if not form:
+        return None
+    heads = form.kv_heads(group)
+    _require(rows % heads == 0, "a row for each KV head")
+    places = places_of(form, positions, slots, rows // heads)
+    return scores_of(form, heads, heads * group, places)
+
+
+def _slots(pool: Tensor) -> tuple[int, int]:
+    return pool.shape[0], pool.shape[2]
 
 
 @cache
@@ -197,14 +231,17 @@ def _attention_function(kind: str) -> Any:
     function.argtypes = [array, number, *[array] * count, number]
     function.argtypes += [number, array, number, number]
     function.argtypes += [number, array, *[number] * count, ctypes.c_float, array]
+    function.argtypes += [ctypes.POINTER(Scores)]
     function.restype = None
     return function
 
 
-def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_mass(
+    query: Tensor, key: Tensor, scale: float, form: ScoreForm | None = None
+) -> Tensor:
     """As ``statistics.attention_mass``; products of bfloat16 are exact here too."""
     if library() is None:
-        return statistics.attention_mass(query, key, scale)
+        return statistics.attention_mass(query, key, scale, form)
     kv_heads, keys, width = key.shape
     assert width % 2 == 0
     if not query.dtype == key.dtype == torch.bfloat16:
@@ -212,7 +249,8 @@ def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
     query, key = query.contiguous(), key.contiguous()
     mass = torch.empty(kv_heads, keys)
     sizes = kv_heads, len(query) // kv_heads, query.shape[1], keys, width
-    _call(f"attention_mass_{_name(key.dtype)}", query, key, mass, *sizes, scale)
+    scores = scores_of(form, kv_heads, len(query))
+    _call(f"attention_mass_{_name(key.dtype)}", query, key, mass, *sizes, scale, scores)
     return mass
 
 
@@ -223,6 +261,8 @@ def add_row_attention(
     cached: CachedRows,
     scale: float,
     mass: Tensor,
+    form: ScoreForm | None = None,
+    positions: Positions | None = None,
 ) -> None:
     """As ``statistics.add_row_attention``, on the pages themselves.
 
@@ -232,10 +272,11 @@ def add_row_attention(
         places: Where the keys of a page have number ``d`` of token ``t``,
             ``[d, page_size]`` int32; ``None`` where they are ``[d, page_size]``.
     """
-    group, width = query.shape[1:]
+    rows, group, width = query.shape
     pages = _KINDS[pool.dtype], pool, places, width
     queries = _is_half(query), query.contiguous(), group
-    _call("add_row_attention", *_rows(cached), *pages, *queries, scale, mass)
+    scores = _row_scores(form, positions, (len(mass), mass.shape[1]), rows, group)
+    _call("add_row_attention", *_rows(cached), *pages, *queries, scale, mass, scores)
 
 
 def lightest_slots(
@@ -316,15 +357,17 @@ def _rows(cached: CachedRows) -> tuple[Tensor | int, ...]:
     return table, table.stride(0), cached.lengths, rows, len(rows), cached.page_size
 
 
-def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+def _call(name: str, *arguments: Tensor | int | float | Scores | None) -> None:
     getattr(library(), name)(*map(_as_c, arguments))
 
 
 def _as_c(
-    argument: Tensor | int | float | None,
-) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    argument: Tensor | int | float | Scores | None,
+) -> Any:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
     if isinstance(argument, float):
         return ctypes.c_float(argument)
+    if isinstance(argument, Scores):
+        return ctypes.byref(argument)
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "products.h"
+#include "scores.h"
 
 namespace {
 
@@ -85,10 +86,12 @@ inline void accumulate(
         store(sums + row * width, sum[row]);
 }
 
-// A row: its queries, the keys that the last of them sees, and its pages.
+// A row: its queries, the keys that the last of them sees, and its pages; and the token
+// of its first query, and its KV head.
 struct Row {
     int64_t count, keys;
     const int32_t *pages;
+    int64_t token, kv_head;
 };
 
 // Where the (query, head) pairs of a row lie: queries `stride` apart, a query's heads one
@@ -107,8 +110,8 @@ template <class Page, class Product> class Attention {
     using Number = typename Product::Number;
 
   public:
-    Attention(const Pool<Page> &pool, int64_t group, float factor)
-        : pool_(pool), group_(group), factor_(factor),
+    Attention(const Pool<Page> &pool, int64_t group, const Form &form)
+        : pool_(pool), group_(group), form_(form), factor_(form.factor()),
           most_((std::max(MOST_PAIRS, group) + ROWS - 1) / ROWS * ROWS),
           queries_(most_ * pool.width / Product::STEP), sums_(most_ * pool.width), peaks_(most_),
           masses_(most_), logits_(ROWS * BLOCK) {}
@@ -117,7 +120,7 @@ template <class Page, class Product> class Attention {
         const Row &row, const Tile &tile, const Pairs &query, const Pairs &out) {
         const int64_t pairs = (tile.last - tile.first) * group_;
         const int64_t padded = (pairs + ROWS - 1) / ROWS * ROWS;
-        start(query, tile.first, pairs, padded);
+        start(row, query, tile.first, pairs, padded);
         // Of all pairs' keys, those that the tile's first query sees.
         const int64_t first_seen = row.keys - row.count + tile.first + 1;
         const int64_t last_seen = row.keys - row.count + tile.last;
@@ -128,14 +131,16 @@ template <class Page, class Product> class Attention {
                 const int64_t most =
                     first_seen + std::min(pair + ROWS - 1, pairs - 1) / group_;
                 if (most > key)
-                    step(row.pages, key, std::min(count, most - key), least - key, pair);
+                    step(row, tile, key, std::min(count, most - key), least - key, pair);
             }
         }
         finish(out, tile.first, pairs);
     }
 
   private:
-    void start(const Pairs &query, int64_t first, int64_t pairs, int64_t padded) {
+    void start(
+        const Row &row, const Pairs &query, int64_t first, int64_t pairs,
+        int64_t padded) {
         const int64_t width = pool_.width, numbers = width / Product::STEP;
         for (int64_t pair = 0; pair < pairs; ++pair) {
             const Numbers own = query.at(first, pair);
@@ -146,12 +151,16 @@ template <class Page, class Product> class Attention {
         std::fill(sums_ + 0, sums_ + padded * width, 0.0f);
         std::fill(peaks_ + 0, peaks_ + padded, NEVER);
         std::fill(masses_ + 0, masses_ + padded, 0.0f);
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            form_.start(row.kv_head, pair % group_, peaks_[pair], masses_[pair]);
     }
 
     // Let ROWS pairs see `count` keys from `first` on, the first pair `seen` of them, and
     // the pairs of each further query one more.
     void step(
-        const int32_t *pages, int64_t first, int64_t count, int64_t seen, int64_t pair) {
+        const Row &row_of, const Tile &tile, int64_t first, int64_t count, int64_t seen,
+        int64_t pair) {
+        const int32_t *const pages = row_of.pages;
         const int64_t size = pool_.page_size, width = pool_.width;
         const Number *queries = queries_ + pair * (width / Product::STEP);
         for (int64_t token = 0; token < count; token += PANEL) {
@@ -163,6 +172,8 @@ template <class Page, class Product> class Attention {
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
         if (is_scaled<Page>)
             apply_scales(pool_, true, pages, first, padded, ROWS, BLOCK, logits_);
+        if (form_.bends())
+            bend(row_of, tile, first, padded, pair);
         for (int row = 0; row < ROWS; ++row) {
             const int64_t later = (pair + row) / group_ - pair / group_;
             soften(logits_ + row * BLOCK, std::min(count, seen + later), padded, pair + row);
@@ -182,6 +193,17 @@ template <class Page, class Product> class Attention {
         for (int64_t d = 0; d < width; d += PANEL)
             accumulate<Product>(
                 weights, runs, used, width, d, sums_ + pair * width + d);
+    }
+
+    // What a form makes of the logits of ROWS pairs.
+    void bend(
+        const Row &row, const Tile &tile, int64_t first, int64_t padded, int64_t pair) {
+        const int64_t pairs = (tile.last - tile.first) * group_;
+        for (int64_t i = 0; i < ROWS && pair + i < pairs; ++i) {
+            const int64_t token = row.token + tile.first + (pair + i) / group_;
+            const Head head = form_.head(row.kv_head, (pair + i) % group_, token);
+            form_.bend(head, pool_, row.pages, first, padded, logits_ + i * BLOCK);
+        }
     }
 
     // Turn a pair's logits, of which it sees `seen`, into powers below its new peak, and
@@ -227,6 +249,7 @@ template <class Page, class Product> class Attention {
 
     const Pool<Page> pool_;
     const int64_t group_;
+    const Form form_;
     const float factor_;
     const int64_t most_;
     Buffer<Number> queries_;
@@ -250,7 +273,7 @@ struct Rows {
     int64_t rows;
     Numbers query;
     int64_t query_stride, kv_heads, group;
-    float scale;
+    Form form;
     Numbers out;
 };
 
@@ -263,15 +286,16 @@ void prefill(const Rows &call, const Pool<Page> &pool, Product) {
     const int64_t out_stride = call.kv_heads * group * width;
 #pragma omp parallel
     {
-        Attention<Page, Product> attention(pool, group, call.scale * LOG2_E);
+        Attention<Page, Product> attention(pool, group, call.form);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < tiles.size(); ++i) {
             const int64_t row = tiles[i].row;
             const int64_t token = call.first[row] / call.kv_heads;
-            const int64_t head = call.first[row] % call.kv_heads * group * width;
+            const int64_t kv_head = call.first[row] % call.kv_heads;
+            const int64_t head = kv_head * group * width;
             attention.run(
                 {call.counts[row], call.lengths[row],
-                 call.table + row * call.table_stride},
+                 call.table + row * call.table_stride, token, kv_head},
                 tiles[i],
                 {call.query.from(token * call.query_stride + head), call.query_stride,
                  group, width},
@@ -285,14 +309,16 @@ void prefill(const Rows &call, const Pool<Page> &pool, Product) {
 // Queries and `out` are [tokens, kv_heads, group, width], bfloat16 or float32, the
 // queries' tokens `query_stride` numbers apart. Row r has counts[r] queries, from (token,
 // KV head) number first[r] on. Its last query sees lengths[r] keys, and each query before
-// it one less.
+// it one less. `scores` may be none.
 extern "C" void prefill_attention(
     const int32_t *table, int64_t table_stride, const int64_t *first,
     const int32_t *counts, const int32_t *lengths, int64_t rows, int64_t kind, void *pool,
     int64_t page_size, int64_t width, int64_t is_half, const void *query,
-    int64_t query_stride, int64_t kv_heads, int64_t group, float scale, void *out) {
+    int64_t query_stride, int64_t kv_heads, int64_t group, float scale, void *out,
+    const Scores *scores) {
     const Rows call{table, table_stride, first, counts, lengths, rows, {query, is_half},
-                    query_stride, kv_heads, group, scale, {out, is_half}};
+                    query_stride, kv_heads, group, Form(scores, group, scale),
+                    {out, is_half}};
     with_products(
         kind, pool, page_size, width, is_half,
         [&](const auto &pages, auto product) { prefill(call, pages, product); });

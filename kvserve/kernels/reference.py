@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvserve.kernels.score_form import RowScores, bent, weights_of
+
 
 def write_rows(key: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
     """Scatter the K and V of ``n`` (token, KV head) pairs into their slots.
@@ -32,6 +34,7 @@ def row_attention(
     seq_lens: Tensor,
     page_table: Tensor,
     scale: float,
+    scores: RowScores | None = None,
 ) -> Tensor:
     """Causal attention of every row's queries over its own pages.
 
@@ -46,6 +49,7 @@ def row_attention(
         seq_lens: ``[rows]`` int32.
         page_table: ``[rows, W]`` int32; key ``j`` of row ``r`` is at offset
             ``j % page_size`` of page ``page_table[r, j // page_size]``.
+        scores: how the model scores, and which heads and tokens rows are of.
 
     Returns:
         ``[n, G, D]`` of query's type; zeros for a query that sees no key.
@@ -56,8 +60,11 @@ def row_attention(
         first, last = starts[row], starts[row + 1]
         if last == first or seq_len == 0:
             continue
-        keys, values = gather_row(pool, page_table[row], seq_len)
-        out[first:last] = _attend(query[first:last], keys, values, scale)
+        asked, pages = query[first:last], page_table[row]
+        keys, values = gather_row(pool, pages, seq_len)
+        weights = _weights(asked, keys, scale, scores, row, pages)
+        found = torch.einsum("qgk,kd->qgd", weights, values.to(weights.dtype))
+        out[first:last] = found.to(query.dtype)
     return out
 
 
@@ -69,6 +76,7 @@ def add_row_mass(
     page_table: Tensor,
     scale: float,
     drawn: Tensor,
+    scores: RowScores | None = None,
 ) -> None:
     """Add what cached tokens draw from rows of one query; other rows add nothing.
 
@@ -76,17 +84,17 @@ def add_row_mass(
         drawn: ``[num_pages, page_size]``, written in place: probabilities, summed over
             the ``G`` heads. All others as in :func:`row_attention`.
     """
-    precise = torch.promote_types(query.dtype, torch.float32)
     starts = query_start.tolist()
     for row, seq_len in enumerate(seq_lens.tolist()):
         first, last = starts[row], starts[row + 1]
         if last - first != 1 or seq_len == 0:
             continue
         keys, _ = gather_row(pool, page_table[row], seq_len)
-        scores = scale * query[first].to(precise) @ keys.to(precise).T
+        asked, pages = query[first:last], page_table[row]
+        weights = _weights(asked, keys, scale, scores, row, pages)
         token = torch.arange(seq_len, device=drawn.device)
         page = page_table[row].long()[token // pool.shape[2]]
-        drawn[page, token % pool.shape[2]] += scores.softmax(-1).sum(0).to(drawn.dtype)
+        drawn[page, token % pool.shape[2]] += weights.sum((0, 1)).to(drawn.dtype)
 
 
 def gather_row(pool: Tensor, pages: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -98,17 +106,29 @@ def gather_row(pool: Tensor, pages: Tensor, seq_len: int) -> tuple[Tensor, Tenso
     return keys, values
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """One row: ``query [q_len, G, D]`` over ``keys``, ``values [seq_len, D]``."""
+def _weights(
+    query: Tensor,
+    keys: Tensor,
+    scale: float,
+    scores: RowScores | None,
+    row: int,
+    pages: Tensor,
+) -> Tensor:
+    """What ``query [q_len, G, D]`` gives each of ``keys [seq_len, D]``."""
     precise = torch.promote_types(query.dtype, torch.float32)
     q_len, seq_len = query.shape[0], keys.shape[0]
-    scores = scale * torch.einsum("qgd,kd->qgk", query.to(precise), keys.to(precise))
-    positions = torch.arange(seq_len, device=query.device)
+    logits = scale * torch.einsum("qgd,kd->qgk", query.to(precise), keys.to(precise))
+    token = torch.arange(seq_len, device=query.device)
+    form, heads, distance = None, token, None
+    if scores is not None:
+        group, form = query.shape[1], scores.form
+        heads = scores.kv_heads(group)[row : row + 1]
+        distance = scores.distance(row, group, q_len, seq_len, pages)
+    logits = bent(logits, form, heads, distance)
     last_seen = torch.arange(seq_len - q_len, seq_len, device=query.device)
-    hidden = positions[None, None, :] > last_seen[:, None, None]
-    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-    weights = weights.masked_fill(hidden, 0.0)  # NaN where a query sees no key
-    return torch.einsum("qgk,kd->qgd", weights, values.to(precise)).to(query.dtype)
+    hidden = token[None, None, :] > last_seen[:, None, None]
+    weights = weights_of(logits.masked_fill(hidden, float("-inf")), form, heads)
+    return weights.masked_fill(hidden, 0.0)  # NaN where a query sees no key
 
 
 def copy_pages(pool: Tensor, source: Tensor, target: Tensor) -> None:

@@ -13,6 +13,14 @@ from math import e, log2
 import torch
 from torch import Tensor
 
+from kvserve.kernels.score_form import (
+    Positions,
+    ScoreForm,
+    bent,
+    positions_for,
+    weights_of,
+)
+
 _TILE = 64
 """Queries at once: their logits should stay in the cache of a core."""
 
@@ -47,60 +55,99 @@ class CachedRows:
         return self.page_table[:, :width]
 
 
-def attention_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_mass(
+    query: Tensor, key: Tensor, scale: float, form: ScoreForm | None = None
+) -> Tensor:
     """Sum of attention that each key receives from a chunk of queries.
 
     Args:
         query: The last ``n`` tokens' queries, ``[H_q, n, d]``.
         key: All ``m`` keys so far, the chunk's included, ``[H_kv, m, d]``.
+        form: How the model scores; keys stand where they lie.
 
     Returns:
         ``[H_kv, m]``, float32, summed over the chunk and over a group's query heads.
     """
     kv_heads, keys, width = key.shape
     queries = query.shape[1]
-    # Base 2, for which PyTorch has the faster exponential.
-    grouped = query.float() * (scale * log2(e))
+    # Base 2, for which PyTorch has the faster exponential, unless there is a form.
+    grouped = query.float() * (scale if form else scale * log2(e))
     grouped = grouped.view(kv_heads, -1, queries, width)
     transposed = key.float().transpose(1, 2).contiguous()
     mass = torch.zeros(kv_heads, keys, device=key.device)
     future = torch.ones(_TILE, _TILE, dtype=torch.bool, device=key.device).triu(1)
+    heads = torch.arange(kv_heads, device=key.device)
     for head in range(kv_heads):
         for first in range(0, queries, _TILE):
             tile = grouped[head, :, first : first + _TILE]
             rows = tile.shape[1]
             seen = keys - queries + first + rows
-            # Only the last keys can lie in a query's future.
             logits = (tile.reshape(-1, width) @ transposed[head, :, :seen]).view(
                 len(tile), rows, seen
             )
+            if form:
+                logits = _bent_tile(logits, form, heads[head : head + 1])
+            # Only the last keys can lie in a query's future.
             own = logits[..., seen - rows :]
             own.masked_fill_(future[:rows, :rows], float("-inf"))
+            if form:
+                weights = weights_of(
+                    logits.transpose(0, 1), form, heads[head : head + 1]
+                )
+                mass[head, :seen] += weights.sum(dim=(0, 1))
+                continue
             weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp2_()
             share = 1 / weights.sum(dim=-1)
             mass[head, :seen] += share.flatten() @ weights.flatten(0, 1)
     return mass
 
 
-def row_attention(query: Tensor, key: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _bent_tile(logits: Tensor, form: ScoreForm, head: Tensor) -> Tensor:
+    """Bend a tile's ``logits [G, n, m]``, of the last ``n`` of ``m`` tokens."""
+    rows, seen = logits.shape[1:]
+    token = torch.arange(seen, device=logits.device)
+    distance = token - token[seen - rows :, None]
+    return bent(logits.transpose(0, 1), form, head, distance).transpose(0, 1)
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    scale: float,
+    form: ScoreForm | None = None,
+    kv_heads: Tensor | None = None,
+    distance: Tensor | None = None,
+) -> Tensor:
     """Attention of one query per row over the first ``lengths`` keys of its row.
 
     Args:
         query: ``[rows, G, d]``.
         key: ``[rows, m, d]``; what lies beyond a row's length is not read.
         lengths: ``[rows]``.
+        form: How the model scores.
+        kv_heads: The KV head of each row, ``[rows]``; a form asks for it.
+        distance: Of keys from their query, ``[rows, m]``; slopes ask for it.
 
     Returns:
         ``[rows, m]``, float32, summed over the group; 0 beyond the length.
     """
+    heads = lengths if kv_heads is None else kv_heads
     beyond = torch.arange(key.shape[1], device=key.device)[None] >= lengths[:, None]
     logits = (query.float() * scale) @ key.float().transpose(1, 2)
+    logits = bent(logits, form, heads, distance)
     logits.masked_fill_(beyond[:, None], float("-inf"))
-    return logits.softmax(dim=-1).sum(dim=1)
+    return weights_of(logits, form, heads).sum(dim=1)
 
 
 def add_row_attention(
-    query: Tensor, key: Tensor, cached: CachedRows, scale: float, mass: Tensor
+    query: Tensor,
+    key: Tensor,
+    cached: CachedRows,
+    scale: float,
+    mass: Tensor,
+    form: ScoreForm | None = None,
+    positions: Positions | None = None,
 ) -> None:
     """Add the attention of one query per row to the mass of its cached tokens.
 
@@ -108,12 +155,27 @@ def add_row_attention(
         query: ``[R, G, d]``, one for each row of the page table.
         key: Keys of ``cached.pages()``, ``[n, w, page_size, d]``.
         mass: ``[num_pages, page_size]``, float32, written in place.
+        form: How the model scores; rows are then ``(token, KV head)`` in this order.
+        positions: Of the tokens of the rows and of the pool; slopes ask for them.
     """
     rows, size = cached.rows, cached.page_size
-    lengths = cached.lengths[rows]
-    drawn = row_attention(query[rows], key.flatten(1, 2), lengths, scale)
+    lengths, pages = cached.lengths[rows], cached.pages()
+    kv_heads = form.kv_heads(query.shape[1]) if form else 1
+    distance, known = None, positions_for(form, positions)
+    if known is not None:
+        own = known.own[rows // kv_heads]
+        distance = known.cached[pages].flatten(1) - own[:, None]
+    drawn = row_attention(
+        query[rows],
+        key.flatten(1, 2),
+        lengths,
+        scale,
+        form,
+        rows % kv_heads,
+        distance,
+    )
     places = torch.arange(size, device=mass.device)
-    slots = cached.pages()[..., None] * size + places
+    slots = pages[..., None] * size + places
     mass.view(-1).index_add_(0, slots.flatten(), drawn.flatten())
 
 
