@@ -17,6 +17,7 @@ from kvserve.engine.batch.head_major import HeadMajor
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.engine.devices.device import Device
 from kvserve.kernels import native, statistics
+from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
 __all__ = ["PAGE_SIZE", "CPUDevice", "Device"]
@@ -136,9 +137,13 @@ class CPUDevice(Device):
         native.library()
 
     def attention_mass(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        form: ScoreForm | None = None,
     ) -> torch.Tensor:
-        return native.attention_mass(query, key, scale)
+        return native.attention_mass(query, key, scale, form)
 
     def add_row_attention(
         self,
@@ -147,13 +152,16 @@ class CPUDevice(Device):
         cached: CachedRows,
         scale: float,
         mass: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
+        what = cached, scale, mass, form, positions
         if native.library() is None or pool.dtype == torch.float16:
             keys = self.read_keys(pool, cached.pages())
-            statistics.add_row_attention(query, keys, cached, scale, mass)
+            statistics.add_row_attention(query, keys, *what)
         else:
             places = self._key_places
-            native.add_row_attention(query, pool, places, cached, scale, mass)
+            native.add_row_attention(query, pool, places, *what)
 
     def lightest_slots(
         self,
@@ -217,12 +225,15 @@ class CPUDevice(Device):
         page_table: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
         if rows.stock is not None:
-            self._attend_stock(query, pool, rows, page_table, scale, out)
+            self._attend_stock(query, pool, rows, page_table, scale, out, form)
             return
         group, width = self._group_size, self._head_size
         decodes, lengths = rows.decodes, rows.seq_lens
+        scores = form, positions
         if decodes:
             tokens = decodes * group // query.shape[1]
             native.decode_attention(
@@ -233,6 +244,7 @@ class CPUDevice(Device):
                 page_table[:decodes],
                 scale,
                 out[:tokens].view(-1, group, width),
+                *scores,
             )
         if len(rows.counts):
             native.prefill_attention(
@@ -244,7 +256,14 @@ class CPUDevice(Device):
                 page_table[decodes:],
                 scale,
                 out.view(len(query), -1, group, width),
+                *scores,
             )
+
+    def supports(self, form: ScoreForm) -> bool:
+        # vLLM's kernel is called with one KV head, whose sinks and slopes would be
+        # those of all; and it takes a key's place in its row for its position.
+        by_head = form.sink_logits, form.alibi_slopes
+        return self._has_kernels or all(each is None for each in by_head)
 
     def _attend_stock(
         self,
@@ -254,8 +273,11 @@ class CPUDevice(Device):
         page_table: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        form: ScoreForm | None = None,
     ) -> None:
         assert rows.stock is not None
+        if form and not self.supports(form):
+            raise NotImplementedError("sinks or slopes in vLLM's kernel")
         keys, values = _split(pool)
         order = HeadMajor(rows.decodes, self._group_size)
         query_rows = order.rows_of(query)
@@ -272,7 +294,7 @@ class CPUDevice(Device):
             alibi_slopes=None,
             sliding_window=-1,
             block_table=page_table,
-            softcap=0.0,
+            softcap=form.soft_cap if form else 0.0,
             scheduler_metadata=rows.stock.schedule,
             s_aux=None,
         )

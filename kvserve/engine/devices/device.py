@@ -10,6 +10,7 @@ import torch
 
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.kernels import statistics
+from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
 
@@ -51,10 +52,14 @@ class Device(ABC):
         """Get the three calls below ready, before the first request."""
 
     def attention_mass(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        form: ScoreForm | None = None,
     ) -> torch.Tensor:
         """As ``kernels.statistics`` says, which does it unless a device is faster."""
-        return statistics.attention_mass(query, key, scale)
+        return statistics.attention_mass(query, key, scale, form)
 
     @abstractmethod
     def add_row_attention(
@@ -64,6 +69,8 @@ class Device(ABC):
         cached: CachedRows,
         scale: float,
         mass: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """As ``kernels.statistics`` says, with the keys of ``pool``."""
 
@@ -89,5 +96,16 @@ class Device(ABC):
         page_table: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
-        """Run causal attention of ``query [tokens, H_q, head_size]`` into ``out``."""
+        """Run causal attention of ``query [tokens, H_q, head_size]`` into ``out``.
+
+        Args:
+            form: how the model scores; one that is supported.
+            positions: of tokens and slots; a form's slopes ask for them.
+        """
+
+    def supports(self, form: ScoreForm) -> bool:
+        """Tell whether the kernels that serve here score as a model asks for."""
+        return True
