@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of ``triton_rows`` in plain PyTorch: slow, short, right on any device.
+"""The kernels of a GPU in plain PyTorch: slow, short, right on any device.
 
 Symbols: ``D`` head size, ``G`` query heads that share a KV head, ``W`` width of the
 page table. ``pool`` is ``[num_pages, 1, page_size, 2 * D]``; a token's K is

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from kvserve.kernels.triton_attention import find_split, split_keys
+from kvserve.kernels.triton_splits import find_split, split_keys
 
 
 @triton.jit(do_not_specialize=["rows", "programs", "table_stride"])

@@ -19,7 +19,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from kvserve.engine.devices.gpu import TritonDevice  # noqa: E402
-from kvserve.kernels import triton_rows  # noqa: E402
+from kvserve.kernels import triton_pages, triton_rows  # noqa: E402
 from tests.kernels.test_triton_rows import (  # noqa: E402
     DECODE,
     DEVICE,
@@ -47,7 +47,7 @@ def stored(case: Case, page_format: PageFormat) -> tuple[Tensor, Case]:
     keys, values = case.pool.view(-1, width).nan_to_num().chunk(2, dim=-1)
     pool = empty_pool(page_format, pages, width // 2)
     slots = torch.arange(pages * size, device=DEVICE)
-    triton_rows.write_rows(keys, values, pool, slots, page_format)
+    triton_pages.write_rows(keys, values, pool, slots, page_format)
     rounded = CACHES[page_format.name]
     both = torch.cat([rounded(half.float().cpu()) for half in (keys, values)], dim=-1)
     as_read = both.view(pages, 1, size, width).to(case.query)
@@ -115,6 +115,6 @@ def test_pages_are_copied_whole(page_format: PageFormat) -> None:
     pool, _ = stored(case, page_format)
     wanted = pool.clone()
     source, target = torch.randperm(10, device=DEVICE).view(2, 5)
-    triton_rows.copy_pages(pool, source, target)
+    triton_pages.copy_pages(pool, source, target)
     reference.copy_pages(wanted, source, target)
     assert torch.equal(pool, wanted)

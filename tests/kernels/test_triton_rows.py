@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvserve.kernels import triton_rows  # noqa: E402
+from kvserve.kernels import triton_pages, triton_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -194,8 +194,8 @@ def test_no_rows() -> None:
     triton_rows.row_attention(
         empty, pool, index, index[:0], index[:0, None], 1.0, empty, max_query_len=1
     )
-    triton_rows.write_rows(empty[:, 0], empty[:, 0], pool, index[:0].long())
-    triton_rows.copy_pages(pool, index[:0].long(), index[:0].long())
+    triton_pages.write_rows(empty[:, 0], empty[:, 0], pool, index[:0].long())
+    triton_pages.copy_pages(pool, index[:0].long(), index[:0].long())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
@@ -226,7 +226,7 @@ def test_write_rows(dtype: torch.dtype, head_size: int) -> None:
     key, value = fused[:, :head_size], fused[:, -head_size:]
     slots = torch.randperm(9 * 32, device=DEVICE)[:100]
     slots[::7] = -1
-    triton_rows.write_rows(key, value, pool, slots)
+    triton_pages.write_rows(key, value, pool, slots)
     reference.write_rows(key, value, wanted, slots)
     assert torch.equal(pool, wanted)
 
@@ -237,6 +237,6 @@ def test_copy_pages(page_size: int) -> None:
     pool = torch.randn(40, 1, page_size, 160, device=DEVICE).bfloat16()
     wanted = pool.clone()
     source, target = torch.randperm(40, device=DEVICE)[:30].view(2, 15)
-    triton_rows.copy_pages(pool, source, target)
+    triton_pages.copy_pages(pool, source, target)
     reference.copy_pages(wanted, source, target)
     assert torch.equal(pool, wanted)

@@ -17,7 +17,7 @@ from kvserve.engine.batch.head_major import HeadMajor
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.uploads import upload
-from kvserve.kernels import triton_rows
+from kvserve.kernels import triton_pages, triton_rows
 from kvserve.kernels.page_formats import PageFormat
 from kvserve.kernels.statistics import CachedRows
 
@@ -73,7 +73,7 @@ class TritonDevice(Device):
         pool: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        triton_rows.write_rows(key, value, pool, slots, self._format)
+        triton_pages.write_rows(key, value, pool, slots, self._format)
 
     def _read(self, pool: torch.Tensor, pages: torch.Tensor, half: int) -> torch.Tensor:
         if self._format is None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from kvserve.kernels import triton_rows
+from kvserve.kernels import triton_pages, triton_rows
 from kvserve.kernels.page_formats import FP8, INT8, PageFormat
 from tests.unit.gpu_compiler import Compiled, compiling_for
 
@@ -52,8 +52,8 @@ def launch(
     )
     key = torch.zeros(ROWS, head_size, dtype=dtype)
     slots = torch.zeros(ROWS, dtype=torch.int64)
-    triton_rows.write_rows(key, key, pool, slots, page_format)
-    triton_rows.copy_pages(pool, *torch.zeros(2, 1, dtype=torch.int64))
+    triton_pages.write_rows(key, key, pool, slots, page_format)
+    triton_pages.copy_pages(pool, *torch.zeros(2, 1, dtype=torch.int64))
     for statistics in (None, mass):
         out = torch.empty_like(query)
         triton_rows.row_attention(
