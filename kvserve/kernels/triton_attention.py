@@ -31,6 +31,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from kvserve.kernels.triton_scores import bent, start_of
 from kvserve.kernels.triton_splits import find_split, find_tile, split_keys
 
 
@@ -48,6 +49,10 @@ def _attend(
     pages,
     scores,
     scale,
+    positions,
+    cap,
+    slope,
+    position,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -56,6 +61,8 @@ def _attend(
     SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SLOPES: tl.constexpr,
     MASKED: tl.constexpr,
     EMIT: tl.constexpr,
 ):
@@ -63,7 +70,8 @@ def _attend(
 
     ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
     query sees every key; MASKED lets query m see keys ``j < seen[m]``. EMIT leaves the
-    first G queries' scores at ``scores[slot, g]``.
+    first G queries' scores at ``scores[slot, g]``. CAPPED and SLOPES are of the form,
+    see ``triton_scores``: ``slope`` and ``position`` are of each query.
     """
     dim = tl.arange(0, HEAD_PAD)
     head = tl.arange(0, query.shape[0])
@@ -95,10 +103,13 @@ def _attend(
             key_scale = tl.load(scales + own, mask=token < last, other=0.0)
             value_scale = tl.load(scales + own + PAGE_SIZE, token < last, other=0.0)
             score *= key_scale[None, :]
+        slot = page.to(tl.int64) * PAGE_SIZE + place
+        score = bent(
+            score, slot, token < last, positions, cap, slope, position, CAPPED, SLOPES
+        )
         if MASKED:
             score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
         if EMIT:
-            slot = page.to(tl.int64) * PAGE_SIZE + place
             emitted = (head < G)[:, None] & (token < last)[None, :]
             tl.store(scores + slot[None, :] * G + head[:, None], score, mask=emitted)
         new_peak = tl.maximum(peak, tl.max(score, 1))
@@ -134,6 +145,13 @@ def split_kernel(
     row_splits,
     scores,
     row_softmax,
+    sinks,
+    slopes,
+    positions,
+    own,
+    row_first,
+    cap,
+    heads,
     scale,
     rows,
     programs,
@@ -148,6 +166,9 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPES: tl.constexpr,
     EMIT: tl.constexpr,
 ):
     """One split of a row with one query: its output, or its share for join_kernel."""
@@ -169,19 +190,27 @@ def split_kernel(
     q = tl.load(query + begin + at, mask=wanted, other=0.0)
 
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    peak, mass, slope, position = start_of(
+        sinks, slopes, own, row_first, heads, row, head * 0, head, head < G,
+        G, SINKS, SLOPES,
+    )  # fmt: skip
+    if SINKS:
+        # A row has its sinks once, however many splits it has.
+        peak = tl.where(split == 0, peak, float("-inf"))
+        mass = tl.where(split == 0, mass, 0.0)
     seen = tl.zeros([BLOCK_M], tl.int32) + seq_len
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, first, whole, seen, acc, peak, mass, pool, scales, pages, scores, scale,
+        positions, cap, slope, position,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, False, EMIT,
+        PRECISION, CAPPED, SLOPES, False, EMIT,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, scores, scale,
+        positions, cap, slope, position,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, True, EMIT,
+        PRECISION, CAPPED, SLOPES, True, EMIT,
     )  # fmt: skip
 
     if splits == 1:
@@ -259,6 +288,13 @@ def tile_kernel(
     seq_lens,
     page_table,
     out,
+    sinks,
+    slopes,
+    positions,
+    own,
+    row_first,
+    cap,
+    heads,
     scale,
     rows,
     table_stride,
@@ -271,6 +307,9 @@ def tile_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPES: tl.constexpr,
 ):
     """One tile (BLOCK_M // G queries x G heads) of a row with several queries."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -300,18 +339,22 @@ def tile_kernel(
     whole = tl.maximum(context + first_query + 1, 0) // BLOCK_N * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    peak, mass, slope, position = start_of(
+        sinks, slopes, own, row_first, heads, row, index, pair % G, wanted,
+        G, SINKS, SLOPES,
+    )  # fmt: skip
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, 0, whole, seen, acc, peak, mass, pool, scales, pages, pool, scale,
+        positions, cap, slope, position,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, False, False,
+        PRECISION, CAPPED, SLOPES, False, False,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, pool, scale,
+        positions, cap, slope, position,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, True, False,
+        PRECISION, CAPPED, SLOPES, True, False,
     )  # fmt: skip
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -22,11 +22,12 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kvserve.kernels.page_formats import PageFormat
+from kvserve.kernels.score_form import RowScores
 from kvserve.kernels.triton_attention import join_kernel, split_kernel, tile_kernel
 from kvserve.kernels.triton_mass import mass_kernel
 from kvserve.kernels.triton_pages import Pages
+from kvserve.kernels.triton_scores import LOG2_E, Scores
 
-LOG2_E = 1.4426950408889634
 # A split below this many keys does not pay for joining it.
 MIN_SPLIT_TOKENS = 512
 # Programs for splits beyond one a row: several waves on the largest GPUs, so that the
@@ -72,6 +73,7 @@ def row_attention(
     max_query_len: int,
     mass: Mass | None = None,
     page_format: PageFormat | None = None,
+    scores: RowScores | None = None,
 ) -> None:
     """Causal attention of every row's queries over its own pages, into ``out``.
 
@@ -93,15 +95,21 @@ def row_attention(
         max_query_len: an upper bound of every row's queries; 1 means decode alone.
         mass: where to add what the tokens of rows of one query draw, if anywhere.
         page_format: what pages hold; ``None``: query's type.
+        scores: how the model scores, and which heads and tokens rows are of.
+
+    Raises:
+        ValueError: scores are of other heads, or slopes have no positions.
     """
     pages = Pages.of(pool, page_format, query)
     _check(query, out, page_table)
     if seq_lens.numel() == 0 or query.numel() == 0:
         return
     rows = (query_start, seq_lens, page_table)
-    _attend_single(query, pages, *rows, scale, out, mass)
+    slots = pool.shape[0], pool.shape[2]
+    form = Scores.of(scores, query.shape[1], slots, query_start)
+    _attend_single(query, pages, *rows, scale, out, form, mass)
     if max_query_len > 1:
-        _attend_many(query, pages, *rows, scale, out, max_query_len)
+        _attend_many(query, pages, *rows, scale, out, form, max_query_len)
 
 
 def _check(query: Tensor, out: Tensor, page_table: Tensor) -> None:
@@ -120,6 +128,7 @@ def _attend_single(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    form: Scores,
     mass: Mass | None,
 ) -> None:
     """The rows of one query; arguments as in ``row_attention``."""
@@ -142,8 +151,10 @@ def _attend_single(
     split_kernel[(programs,)](
         query, pages.numbers, pages.scales, query_start, seq_lens, page_table, out,
         partial, partial_softmax, row_splits, scores, row_softmax,
+        *form.arrays, *form.numbers,
         scale * LOG2_E, rows, programs, page_table.stride(0),
         G=group, **pages.constants, **launch, MIN_BLOCKS=least, EMIT=emit,
+        **form.constants,
     )  # fmt: skip
     if extra:
         join_kernel[(rows, group)](
@@ -168,6 +179,7 @@ def _attend_many(
     page_table: Tensor,
     scale: float,
     out: Tensor,
+    form: Scores,
     max_query_len: int,
 ) -> None:
     """The rows of two queries and more; arguments as in ``row_attention``."""
@@ -177,8 +189,9 @@ def _attend_many(
     tiles = query.shape[0] // (tile.block_m // query.shape[1]) + rows
     tile_kernel[(tiles,)](
         query, pages.numbers, pages.scales, query_start, seq_lens, page_table, out,
-        scale * LOG2_E, rows, page_table.stride(0),
+        *form.arrays, *form.numbers, scale * LOG2_E, rows, page_table.stride(0),
         G=query.shape[1], **pages.constants, **_launch(query, tile),
+        **form.constants,
     )  # fmt: skip
 
 

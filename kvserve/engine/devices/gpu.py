@@ -19,6 +19,7 @@ from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.uploads import upload
 from kvserve.kernels import triton_pages, triton_rows
 from kvserve.kernels.page_formats import PageFormat
+from kvserve.kernels.score_form import Positions, RowScores, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
 
@@ -32,12 +33,15 @@ class TritonRows:
             behind are head-major.
         seq_lens: keys of each row, ``[rows]``, int32.
         most_queries: no row has more; 1 means decode alone.
+        first: what a row's first query is of, as ``RowShapes.first``; ``None`` where
+            that is ``query_start``.
     """
 
     decodes: int
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     most_queries: int
+    first: torch.Tensor | None = None
 
 
 class TritonDevice(Device):
@@ -64,6 +68,7 @@ class TritonDevice(Device):
             upload(shapes.query_start, self.device),
             upload(shapes.seq_lens, self.device),
             int(np.diff(shapes.query_start).max(initial=1)),
+            upload(shapes.first, self.device),
         )
 
     def write(
@@ -95,6 +100,8 @@ class TritonDevice(Device):
         cached: CachedRows,
         scale: float,
         mass: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
         # The decode kernel knows what tokens drew, but does not say unless asked, and
         # it was not: some of its rows may be of prompts, which count in another way.
@@ -112,6 +119,7 @@ class TritonDevice(Device):
             max_query_len=1,
             mass=triton_rows.Mass(mass, self._scores),
             page_format=self._format,
+            scores=RowScores(form, rows, positions) if form else None,
         )
 
     def attend(
@@ -122,7 +130,10 @@ class TritonDevice(Device):
         page_table: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        form: ScoreForm | None = None,
+        positions: Positions | None = None,
     ) -> None:
+        first = rows.query_start if rows.first is None else rows.first
         order = HeadMajor(rows.decodes, self._group_size)
         query_rows = order.rows_of(query)
         # Rows that follow the tokens are the output seen otherwise.
@@ -140,6 +151,7 @@ class TritonDevice(Device):
             out_rows,
             rows.most_queries,
             page_format=self._format,
+            scores=RowScores(form, first, positions) if form else None,
         )
         if not is_decode:
             order.put_back(out_rows, out)

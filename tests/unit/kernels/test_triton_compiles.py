@@ -19,7 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kvserve.kernels import triton_pages, triton_rows
 from kvserve.kernels.page_formats import FP8, INT8, PageFormat
+from kvserve.kernels.score_form import Positions, RowScores, ScoreForm
 from tests.unit.gpu_compiler import Compiled, compiling_for
+from tests.unit.score_forms import FORMS, make_form
 
 ROWS, PAGES, PAGE_SIZE, WIDTH = 4, 8, 32, 4096
 LEAST_SHARED = 99 << 10
@@ -35,6 +37,7 @@ def launch(
     head_size: int,
     queries: int,
     page_format: PageFormat | None = None,
+    form: ScoreForm | None = None,
 ) -> None:
     """Write, copy, and attend as a step of ``queries`` a row does, with statistics."""
     pool = torch.zeros(PAGES, 1, PAGE_SIZE, 2 * head_size, dtype=dtype)
@@ -54,10 +57,13 @@ def launch(
     slots = torch.zeros(ROWS, dtype=torch.int64)
     triton_pages.write_rows(key, key, pool, slots, page_format)
     triton_pages.copy_pages(pool, *torch.zeros(2, 1, dtype=torch.int64))
+    own = torch.zeros(len(query), dtype=torch.int32)
+    positions = Positions(torch.zeros(PAGES, PAGE_SIZE, dtype=torch.int32), own)
+    scores = RowScores(form, rows[0], positions) if form else None
     for statistics in (None, mass):
         out = torch.empty_like(query)
         triton_rows.row_attention(
-            query, pool, *rows, 1.0, out, queries, statistics, page_format
+            query, pool, *rows, 1.0, out, queries, statistics, page_format, scores
         )
 
 
@@ -120,6 +126,26 @@ def test_kernels_of_pages_of_bytes_compile_and_fit(
 ) -> None:
     with compiling_for(90, tmp_path, monkeypatch) as compiled:
         launch(torch.bfloat16, 4, 128, 512, page_format)
+    assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
+    spilled = {kernel.name: kernel.spilled_bytes for kernel in compiled}
+    assert max(spilled.values()) <= MOST_SPILLED, spilled
+
+
+@pytest.mark.parametrize(
+    ("group", "head_size", "parts"),
+    [(2, 256, "cap"), (4, 128, FORMS[-1])],
+    ids=["Gemma 2", "all"],
+)
+def test_kernels_of_a_form_compile_and_fit(
+    group: int,
+    head_size: int,
+    parts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form = make_form(parts, group)
+    with compiling_for(90, tmp_path, monkeypatch) as compiled:
+        launch(torch.bfloat16, group, head_size, 512, form=form)
     assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
     spilled = {kernel.name: kernel.spilled_bytes for kernel in compiled}
     assert max(spilled.values()) <= MOST_SPILLED, spilled
