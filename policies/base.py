@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from kvserve.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -208,6 +210,9 @@ class Prompt:
         mass: Attention that each token received from all queries, the sum over the
             query heads of a group, ``[H_kv, N]``, float32; ``None`` for policies
             whose record does not ask for it.
+        weigh: What a model without a plain softmax makes of scaled products of
+            ``queries`` and ``keys``, nothing hidden, ``[H_kv, G, L, N]``:
+            probabilities. ``None``: a causal softmax.
     """
 
     keys: Tensor
@@ -215,6 +220,7 @@ class Prompt:
     queries: Tensor
     scale: float
     mass: Tensor | None = None
+    weigh: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:

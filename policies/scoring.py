@@ -12,9 +12,10 @@ from policies.base import Prompt
 
 
 def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
-    """Attention of the prompt's last queries, ``[H_kv, L, N]``, each row summing to 1.
+    """Attention of the prompt's last queries, ``[H_kv, L, N]``.
 
-    The softmax covers all keys that a query sees, the window's own included.
+    Each row sums to 1, or, where a model has sinks, to what they leave. The softmax
+    covers all keys that a query sees, the window's own included.
 
     Args:
         reduction: how query heads of a group become one: ``mean``, ``sum`` or ``max``.
@@ -24,13 +25,19 @@ def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
     # A group's heads are rows of one product, so that its keys are read once.
     queries = (prompt.queries * prompt.scale).reshape(kv_heads, -1, width)
     logits = (queries @ prompt.keys.transpose(1, 2)).view(kv_heads, -1, window, tokens)
-    # Only the window's own keys can lie in a query's future.
-    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    probabilities = logits.softmax(dim=-1)
+    probabilities = (prompt.weigh or _causal_softmax)(logits)
     if reduction == "max":
         return probabilities.amax(dim=1)
     return probabilities.sum(dim=1) if reduction == "sum" else probabilities.mean(dim=1)
+
+
+def _causal_softmax(logits: Tensor) -> Tensor:
+    """Softmax of the last ``L`` queries' ``logits [..., L, N]``, which are spoilt."""
+    window, tokens = logits.shape[-2:]
+    # Only the window's own keys can lie in a query's future.
+    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+    return logits.softmax(dim=-1)
 
 
 def pooled(scores: Tensor, kernel: int, kind: str = "avg") -> Tensor:
