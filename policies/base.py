@@ -17,16 +17,34 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from kvserve.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Local:
+    """What the queries of a layer may see by the model itself, if not everything.
+
+    Attributes:
+        tokens: The last so many, a query's own included.
+        is_chunk: Of these only the ones in its own chunk: behind the last position
+            that is a multiple of ``tokens``.
+    """
+
+    tokens: int
+    is_chunk: bool = False
+
+    def __str__(self) -> str:
+        return f"a {'chunk' if self.is_chunk else 'window'} of {self.tokens} tokens"
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,9 @@ class ModelShape:
     ``name`` is for messages and profiles. ``max_tokens`` is the longest request that
     the server takes, prompt and reply. ``pattern`` has the entries of the model's
     configuration that declare a sparse attention pattern which it was trained with.
+    ``local`` says of each layer what its queries may see, or is empty if that is
+    everything in all of them. A policy decides on the others alone: it is given
+    :attr:`open`, whose layers are number ``chosen`` of the model's ``all_layers``.
     """
 
     name: str
@@ -45,11 +66,34 @@ class ModelShape:
     head_size: int
     max_tokens: int = 1 << 20
     pattern: tuple[tuple[str, Any], ...] = ()
+    local: tuple[Local | None, ...] = ()
+    chosen: tuple[int, ...] | None = None
+    all_layers: int = 0
 
     @property
     def group_size(self) -> int:
         """Query heads that share one KV head (``G``)."""
         return self.num_query_heads // self.num_kv_heads
+
+    @property
+    def open(self) -> ModelShape:
+        """The layers that a policy decides on: their queries may see everything."""
+        if not any(self.local):
+            return self
+        chosen = tuple(i for i, local in enumerate(self.local) if local is None)
+        return dataclasses.replace(
+            self,
+            num_layers=len(chosen),
+            local=(),
+            chosen=chosen,
+            all_layers=self.num_layers,
+        )
+
+    def own(self, by_layer: Sequence[T]) -> Sequence[T]:
+        """Pick what belongs to these layers of something for each of the model's."""
+        if self.chosen is None or len(by_layer) != self.all_layers:
+            return by_layer
+        return [by_layer[layer] for layer in self.chosen]
 
 
 @dataclass(frozen=True)
@@ -210,9 +254,11 @@ class Prompt:
         mass: Attention that each token received from all queries, the sum over the
             query heads of a group, ``[H_kv, N]``, float32; ``None`` for policies
             whose record does not ask for it.
-        weigh: What a model without a plain softmax makes of scaled products of
-            ``queries`` and ``keys``, nothing hidden, ``[H_kv, G, L, N]``:
-            probabilities. ``None``: a causal softmax.
+        soft_cap: Logits are no further from 0 than this; 0: any.
+        sink_logits: One more term of each query head's softmax, ``[H_q]``, if the model
+            has it.
+        slopes: What a query head adds to a logit for each position of distance,
+            ``[H_q]``, likewise.
     """
 
     keys: Tensor
@@ -220,7 +266,9 @@ class Prompt:
     queries: Tensor
     scale: float
     mass: Tensor | None = None
-    weigh: Callable[[Tensor], Tensor] | None = None
+    soft_cap: float = 0.0
+    sink_logits: Tensor | None = None
+    slopes: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

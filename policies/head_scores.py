@@ -65,6 +65,7 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
             f"--policy-arg profile={path}: malformed ({error}); expected kvserve or "
             "Retrieval_Head JSON, or DuoAttention TSV"
         ) from None
+    scores = [*model.own(scores)]
     _check(scores, model, path)
     return scores
 
@@ -97,15 +98,16 @@ def _parse(text: str, model: ModelShape, path: Path) -> Scores:
 
 
 def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Scores:
-    scores = [[0.0] * model.num_kv_heads for _ in range(model.num_layers)]
+    layers = model.all_layers or model.num_layers
+    scores = [[0.0] * model.num_kv_heads for _ in range(layers)]
     pairs = [tuple(int(part) for part in key.split("-")) for key in data]
     found = (
         1 + max((layer for layer, _ in pairs), default=-1),
         1 + max((head for _, head in pairs), default=-1),
     )
-    if found != (model.num_layers, model.num_query_heads):
+    if found != (layers, model.num_query_heads):
         _refuse(path, model, f"{found[0]} layers x {found[1]} query heads")
-    if len(pairs) < model.num_layers * model.num_query_heads:
+    if len(pairs) < layers * model.num_query_heads:
         raise ValueError("it lacks some heads")
     for (layer, head), samples in zip(pairs, data.values(), strict=True):
         mean = _finite(math.fsum(samples) / len(samples))
@@ -132,6 +134,7 @@ def _check(scores: Scores, model: ModelShape, path: Path) -> None:
 def _refuse(path: Path, model: ModelShape, found: str) -> None:
     raise UserError(
         f"--policy-arg profile={path}: is of another model: {found}, but {model.name} "
-        f"has {model.num_layers} layers, {model.num_query_heads} query heads and "
+        f"has {model.all_layers or model.num_layers} layers, "
+        f"{model.num_query_heads} query heads and "
         f"{model.num_kv_heads} KV heads"
     )

@@ -118,7 +118,7 @@ class MoA(StreamingPolicy):
 
     def _rules(self, model: ModelShape) -> Rules:
         path = self._path(model.name)
-        rules = self._choose(_read(path), path)
+        rules = tuple(model.own(self._choose(_read(path), path)))
         widths = {len(layer) for layer in rules}
         if len(rules) != model.num_layers or not (
             widths == {model.num_query_heads} or widths == {model.num_kv_heads}
@@ -126,7 +126,7 @@ class MoA(StreamingPolicy):
             raise UserError(
                 f"--policy-arg plan={path}: is of another model: {len(rules)} layers "
                 f"x {'/'.join(map(str, sorted(widths))) or 'no'} heads, but "
-                f"{model.name} has {model.num_layers} layers, "
+                f"{model.name} has {model.all_layers or model.num_layers} layers, "
                 f"{model.num_query_heads} query heads and {model.num_kv_heads} KV heads"
             )
         return rules

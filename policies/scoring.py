@@ -14,8 +14,8 @@ from policies.base import Prompt
 def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
     """Attention of the prompt's last queries, ``[H_kv, L, N]``.
 
-    Each row sums to 1, or, where a model has sinks, to what they leave. The softmax
-    covers all keys that a query sees, the window's own included.
+    The softmax covers all keys that a query sees, the window's own included: rows sum
+    to 1, or to less where the model has a sink.
 
     Args:
         reduction: how query heads of a group become one: ``mean``, ``sum`` or ``max``.
@@ -25,19 +25,35 @@ def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
     # A group's heads are rows of one product, so that its keys are read once.
     queries = (prompt.queries * prompt.scale).reshape(kv_heads, -1, width)
     logits = (queries @ prompt.keys.transpose(1, 2)).view(kv_heads, -1, window, tokens)
-    probabilities = (prompt.weigh or _causal_softmax)(logits)
+    logits = _as_scored(prompt, logits)
+    # Only the window's own keys can lie in a query's future.
+    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+    probabilities = _weights(prompt, logits)
     if reduction == "max":
         return probabilities.amax(dim=1)
     return probabilities.sum(dim=1) if reduction == "sum" else probabilities.mean(dim=1)
 
 
-def _causal_softmax(logits: Tensor) -> Tensor:
-    """Softmax of the last ``L`` queries' ``logits [..., L, N]``, which are spoilt."""
-    window, tokens = logits.shape[-2:]
-    # Only the window's own keys can lie in a query's future.
-    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    return logits.softmax(dim=-1)
+def _as_scored(prompt: Prompt, logits: Tensor) -> Tensor:
+    """What the model makes of scaled products ``[H_kv, G, L, N]``."""
+    if prompt.soft_cap:
+        logits = prompt.soft_cap * (logits / prompt.soft_cap).tanh()
+    if prompt.slopes is not None:
+        window, tokens = logits.shape[2:]
+        place = torch.arange(tokens, device=logits.device)
+        distance = place - place[tokens - window :, None]
+        slopes = prompt.slopes.view(*logits.shape[:2], 1, 1)
+        logits = logits + slopes * distance
+    return logits
+
+
+def _weights(prompt: Prompt, logits: Tensor) -> Tensor:
+    if prompt.sink_logits is None:
+        return logits.softmax(dim=-1)
+    sinks = prompt.sink_logits.view(*logits.shape[:2], 1, 1)
+    sinks = sinks.expand(*logits.shape[:3], 1)
+    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def pooled(scores: Tensor, kernel: int, kind: str = "avg") -> Tensor:

@@ -14,6 +14,9 @@ A page list has three parts, whose entries never change their meaning:
 * ``[kept, prompt)``: freed after the prompt, null from then on;
 * ``[prompt, ...)``: pages opened for generated tokens, in the order of opening.
 
+Lanes of layers that are local by the model itself hold their window while the prompt is
+read; behind it, the last tokens of it, in a ring: the same set of keys.
+
 A prompt whose lanes keep everything, and every generated token too, skips all this:
 its list is that of a full cache for good.
 """
@@ -21,15 +24,17 @@ its list is that of a full cache for good.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
 
+from kvserve.errors import UserError
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import UNBOUNDED, PagePlan
-from policies.base import DensePolicy, Lane, ModelShape
+from kvserve.plan.streaming import NOTHING_OPEN, scratch_pages
+from policies.base import FULL, DensePolicy, Lane, Local, ModelShape
 from policies.files import follows_files
 
 
@@ -89,14 +94,16 @@ class DensePlan:
 
     @cached_property
     def is_whole(self) -> bool:
-        """Whether nothing is ever evicted from this request."""
-        kept = (self.keep == self.prompt_tokens).all()
-        return bool(kept and (self.capacity >= self.rule.max_tokens).all())
+        """Whether nothing is ever evicted from this request but what no query sees."""
+        chosen = self.rule.model.open.chosen
+        of_open = slice(None) if chosen is None else list(chosen)
+        kept = (self.keep[of_open] == self.prompt_tokens).all()
+        return bool(kept and (self.capacity[of_open] >= self.rule.max_tokens).all())
 
     def lane_tokens(self, tokens: int) -> IntArray:
         """Tokens in each lane once ``tokens`` are computed, by lane."""
         if tokens < self.prompt_tokens or self.is_whole:
-            return np.full_like(self.keep, tokens)
+            return self.full.lane_tokens(tokens)
         generated = tokens - self.prompt_tokens
         return np.minimum(self.keep + generated, self.capacity)
 
@@ -241,7 +248,6 @@ class DenseRule:
     mixed: ClassVar = False
     is_shared: ClassVar = False
     in_flight: ClassVar = 0
-    has_bounded_lanes: ClassVar = False
     may_select: ClassVar = True
 
     @property
@@ -260,7 +266,11 @@ class DenseRule:
 
     @property
     def full(self) -> PagePlan:
-        return _full(self.model, self.page_size, self.stride)
+        return _full(self.model, self.page_size, self.max_tokens, self.stride)
+
+    @property
+    def has_bounded_lanes(self) -> bool:
+        return self.full.has_bounded_lanes
 
     @property
     def largest(self) -> PagePlan:
@@ -283,17 +293,17 @@ class DenseRule:
         return self.full.pages(tokens) + self.full.num_lanes
 
     def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
-        """None: while a prompt is read nothing is written over."""
-        return 0
+        """None where no layer is local: while a prompt is read nothing is given up."""
+        return scratch_pages(self.full, max_tokens, max_requests)
 
     def remarks(self) -> list[str]:
-        return []
+        return [] if self.model.open.num_layers else [NOTHING_OPEN]
 
     def describe(self) -> str:
         """Say in one line what a long and a short prompt leave behind."""
         lengths = sorted({self.max_tokens // 8 or 1, self.max_tokens})
         shares = [
-            f"{self.plan(n).keep.sum() / (n * self.full.num_lanes):.0%} of a "
+            f"{self.plan(n).keep.sum() / self.full.lane_tokens(n).sum():.0%} of a "
             f"prompt of {n} tokens"
             for n in lengths
         ]
@@ -309,13 +319,48 @@ class DenseRule:
 
 
 @lru_cache(maxsize=8)
-def _full(model: ModelShape, page_size: int, stride: int) -> PagePlan:
-    nothing = ((0,) * model.num_kv_heads,) * model.num_layers
-    return PagePlan(page_size, nothing, nothing, stride)
+def _full(model: ModelShape, page_size: int, max_tokens: int, stride: int) -> PagePlan:
+    everything = ((FULL,) * model.num_kv_heads,) * model.open.num_layers
+    plan = PagePlan.from_budgets(
+        everything,
+        page_size,
+        max_tokens,
+        local=model.local,
+        num_kv_heads=model.num_kv_heads,
+    )
+    return replace(plan, stride=stride)
 
 
 @follows_files
 @lru_cache(maxsize=128)
 def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
-    lanes = rule.policy.lanes(rule.model, prompt_tokens)
-    return DensePlan(rule, prompt_tokens, lanes)
+    model = rule.model
+    lanes = (
+        rule.policy.lanes(model.open, prompt_tokens) if model.open.num_layers else ()
+    )
+    of_open = iter(lanes)
+    by_layer = tuple(
+        (_local_lane(rule, local, prompt_tokens),) * model.num_kv_heads
+        if local
+        else next(of_open)
+        for local in model.local or (None,) * model.num_layers
+    )
+    return DensePlan(rule, prompt_tokens, by_layer)
+
+
+def _local_lane(rule: DenseRule, local: Local, prompt_tokens: int) -> Lane:
+    """What a lane of a local layer holds behind the prompt.
+
+    Raises:
+        UserError: what a query sees is no number of last tokens.
+    """
+    if local.tokens >= rule.max_tokens:
+        return Lane(prompt_tokens)
+    if local.is_chunk:
+        raise UserError(
+            f"--policy {rule.policy.name}: layers of {rule.model.name} see {local}, "
+            "which policies that select cannot keep; choose a policy of positions, "
+            "such as retrieval"
+        )
+    kept = min(prompt_tokens, local.tokens)
+    return Lane(kept, "ring", local.tokens, local.tokens)

@@ -7,6 +7,9 @@ shards stay for good like sinks. All other blocks are *passing*: they leave when
 window does. The lane holds its last ``ring`` passing blocks, as many as a window can
 hold, and a passing block lives where the one ``ring`` passing blocks before it lived.
 
+The window of an *aligned* lane does not slide: a query sees from the last multiple of
+``w`` blocks on.
+
 A slot is named after the block that opened it. In lanes that do not recycle slots every
 block opens its own.
 """
@@ -39,6 +42,7 @@ class Lanes:
         before: passing blocks among the first ``r`` of a turn, ``[*S, stride + 1]``.
         passing: places in the turn of its passing blocks, ``[*S, stride]``, padded.
         staying: the same of blocks that stay.
+        aligned: whether the window begins at a multiple of its length, ``S``.
     """
 
     sinks: IntArray
@@ -48,6 +52,7 @@ class Lanes:
     before: IntArray
     passing: IntArray
     staying: IntArray
+    aligned: BoolArray
 
     @classmethod
     def make(
@@ -56,6 +61,7 @@ class Lanes:
         window: IntArray,
         stays: BoolArray,
         recycles: bool = True,
+        aligned: BoolArray | None = None,
     ) -> Lanes:
         """Make lanes of sinks and window.
 
@@ -79,6 +85,7 @@ class Lanes:
             # A stable sort puts the places of one kind first, in order.
             np.argsort(stays, axis=-1, kind="stable"),
             np.argsort(passes, axis=-1, kind="stable"),
+            np.zeros(window.shape, dtype=bool) if aligned is None else aligned,
         )
 
     @classmethod
@@ -155,7 +162,11 @@ class Lanes:
         return self._stays(block) | (block >= start)
 
     def _window_start(self, block: IntArray) -> IntArray:
-        start: IntArray = np.maximum(block + 1 - self.window[..., None], 0)
+        window = self.window[..., None]
+        start: IntArray = np.maximum(block + 1 - window, 0)
+        if self.aligned.any():
+            aligned = block - block % np.maximum(window, 1)
+            start = np.where(self.aligned[..., None], aligned, start)
         return start
 
     def _stays(self, block: IntArray) -> BoolArray:

@@ -117,7 +117,7 @@ class Ledger:
             request_id,
             time.time(),
             tokens,
-            tokens * self._full.num_lanes * self._copies,
+            int(self._full.lane_tokens(tokens).sum()) * self._copies,
             int(plan.lane_tokens(tokens).sum()) * self._copies,
             pages,
             peak,

@@ -10,6 +10,10 @@ A *lane* is the cache of one KV head in one layer. Tokens are grouped in *blocks
 ``page_size`` tokens at absolute positions, and a page holds one block of one lane.
 ``kvserve.plan.lanes`` says which blocks a lane keeps and where each of them lives.
 
+What a query sees is the policy's, and by the model itself it may be less: lanes of a
+layer that is *local* hold its window or chunk, under every policy. They have no sinks.
+Their window is as many blocks as its tokens may touch; kernels hide the rest of them.
+
 A query in block ``i`` of a bounded lane sees the sink blocks, the lane's shards and
 blocks ``i - w + 1 .. i``, causally. The rule mentions positions alone, so what a
 request computes cannot depend on how its prompt was cut into chunks or on its
@@ -38,7 +42,7 @@ import numpy as np
 
 from kvserve.errors import UserError
 from kvserve.plan.lanes import BoolArray, IntArray, Lanes
-from policies.base import HeadBudget
+from policies.base import HeadBudget, Local
 
 UNBOUNDED = 1 << 40
 """Capacity, in tokens, of a lane that never evicts."""
@@ -71,6 +75,21 @@ def _lane_blocks(
     return sinks, window, sum(1 << place for place in head.shards)
 
 
+def _local_blocks(local: Local, page_size: int, max_tokens: int | None) -> int:
+    """Blocks that a query of a local layer may see, 0 if that is all of a request."""
+    if local.is_chunk:
+        if local.tokens % page_size:
+            raise UserError(
+                f"MODEL: a chunk of {local.tokens} tokens is no whole number of pages "
+                f"of {page_size}; serve it with stock vLLM (`--policy none`)"
+            )
+        window = local.tokens // page_size
+    else:
+        window = blocks_of(local.tokens - 1, page_size) + 1
+    fits = max_tokens is not None and window >= blocks_of(max_tokens, page_size)
+    return 0 if fits else window
+
+
 @dataclass(frozen=True)
 class PagePlan:
     """Sinks, window and shards of every lane, in blocks.
@@ -78,8 +97,10 @@ class PagePlan:
     ``sinks`` and ``windows`` have shape ``[num_layers][num_kv_heads]``; a window of 0
     marks a full lane. ``shards``, of the same shape or empty, has a bit for each block
     of a turn of ``stride`` that stays for good. Of ``ranks`` ranks each owns as many
-    heads of a layer, in order. Lanes whose pages are shared recycle none. Plans are
-    hashable and travel from the worker to the scheduler inside the KV cache spec.
+    heads of a layer, in order. Lanes whose pages are shared recycle none. ``local``
+    says of each layer what its queries may see, or is empty if that is everything.
+    Plans are hashable and travel from the worker to the scheduler inside the KV cache
+    spec.
     """
 
     page_size: int
@@ -89,6 +110,7 @@ class PagePlan:
     shards: tuple[tuple[int, ...], ...] = ()
     ranks: int = 1
     is_shared: bool = False
+    local: tuple[Local | None, ...] = ()
 
     @classmethod
     def from_budgets(
@@ -98,32 +120,45 @@ class PagePlan:
         max_tokens: int | None = None,
         ranks: int = 1,
         shared: bool = False,
+        local: tuple[Local | None, ...] = (),
+        num_kv_heads: int | None = None,
     ) -> PagePlan:
         """Round every budget up to whole pages.
 
         A head whose budget holds ``max_tokens`` tokens, the longest the request may
         be, never evicts: its lane is a full one. Where there are more ranks than heads,
         a head has a lane on each of its ranks.
+
+        Args:
+            budgets: of the layers that are not local, ``[layers][num_kv_heads]``.
+            num_kv_heads: to be given if there may be none.
         """
-        copies = max(1, ranks // len(budgets[0]))
+        num_kv_heads = num_kv_heads or len(budgets[0])
+        copies = max(1, ranks // num_kv_heads)
+        of_open = iter(budgets)
         lanes = [
-            [
+            [(0, _local_blocks(kind, page_size, max_tokens), 0)] * num_kv_heads * copies
+            if kind
+            else [
                 _lane_blocks(head, page_size, max_tokens)
-                for head in layer
+                for head in next(of_open)
                 for _ in range(copies)
             ]
-            for layer in budgets
+            for kind in local or (None,) * len(budgets)
         ]
         sinks, windows, shards = (
             tuple(tuple(lane[part] for lane in layer) for layer in lanes)
             for part in range(3)
         )
         if not any(map(any, shards)):
-            return cls(page_size, sinks, windows, ranks=ranks, is_shared=shared)
+            return cls(
+                page_size, sinks, windows, ranks=ranks, is_shared=shared, local=local
+            )
         strides = {head.stride for layer in budgets for head in layer if head.shards}
         if len(strides) > 1:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
-        return cls(page_size, sinks, windows, strides.pop(), shards, ranks, shared)
+        stride = strides.pop()
+        return cls(page_size, sinks, windows, stride, shards, ranks, shared, local)
 
     @property
     def num_layers(self) -> int:
@@ -155,6 +190,7 @@ class PagePlan:
                 self.stride,
                 _columns(self.shards, first, width),
                 is_shared=self.is_shared,
+                local=self.local,
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -177,7 +213,12 @@ class PagePlan:
             dtype=bool,
         )
         windows = np.array(self.windows, dtype=np.int64)
-        return Lanes.make(sinks, windows, stays, recycles=not self.is_shared)
+        aligned = np.zeros(windows.shape, dtype=bool)
+        for layer, local in enumerate(self.local):
+            aligned[layer] = local is not None and local.is_chunk
+        return Lanes.make(
+            sinks, windows, stays, recycles=not self.is_shared, aligned=aligned
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -246,8 +287,17 @@ class PagePlan:
         return self.by_rank[rank] if self.ranks > 1 else self
 
     def most_pages(self, tokens: int, in_flight: int = 1) -> int:
-        """As :meth:`pages`: what a request needs on its way is no more."""
-        return self.pages(tokens, in_flight)
+        """As :meth:`pages`: what a request needs on its way.
+
+        It is no more than at the end, but for chunks, which are given back at once when
+        the step that fills them is done.
+        """
+        ends = {tokens}
+        for chunk in {one.tokens for one in self.local if one and one.is_chunk}:
+            first = max((tokens - in_flight) // chunk, 1) * chunk
+            whole = range(first, tokens + 1, chunk)
+            ends |= {min(end - 1 + in_flight, tokens) for end in whole}
+        return max(self.pages(end, in_flight) for end in ends)
 
     def given_back(self, before: int, now: int) -> IntArray:
         """List entries that queries saw when ``before`` tokens were computed, no more.
@@ -342,9 +392,20 @@ class PagePlan:
 
     @property
     def full(self) -> PagePlan:
-        """The plan of the same model that evicts nothing."""
-        nothing = ((0,) * self.num_kv_heads,) * self.num_layers
-        return PagePlan(self.page_size, nothing, nothing, ranks=self.ranks)
+        """The plan of the same model that evicts nothing but what no query sees."""
+        nothing = (0,) * self.num_kv_heads
+        return PagePlan(
+            self.page_size,
+            (nothing,) * self.num_layers,
+            tuple(
+                row if local else nothing
+                for row, local in zip(
+                    self.windows, self.local or (None,) * self.num_layers, strict=True
+                )
+            ),
+            ranks=self.ranks,
+            local=self.local,
+        )
 
     @cached_property
     def _entry(self) -> IntArray:

@@ -44,11 +44,16 @@ class PrefixPages:
         self.width = plan.num_layers * plan.heads_per_rank
         ranks = plan.by_rank
         windows = np.max([rank.lanes.window for rank in ranks], axis=0).ravel()
+        aligned = ranks[0].lanes.aligned.ravel()
         self.window = plan.longest_window
         self._reaching = [
-            np.flatnonzero(windows > distance).tolist()
+            np.flatnonzero((windows > distance) & ~aligned).tolist()
             for distance in range(self.window)
         ]
+        self._chunks = {
+            int(chunk): np.flatnonzero(aligned & (windows == chunk)).tolist()
+            for chunk in set(windows[aligned].tolist()) - {0}
+        }
         sinks = max(int(rank.lanes.sinks.max()) for rank in ranks)
         # Behind all sinks, what stays repeats with every turn.
         self._settled = sinks
@@ -65,7 +70,11 @@ class PrefixPages:
         places: list[int] = self._staying[block]
         return places
 
-    def reaching(self, distance: int) -> Sequence[int]:
-        """Places of lanes whose window reaches ``distance`` blocks back."""
+    def reaching(self, block: int, boundary: int) -> Sequence[int]:
+        """Places of lanes whose window reaches from ``boundary`` back to ``block``."""
+        distance = boundary - block
         places: list[int] = self._reaching[distance] if distance < self.window else []
+        for chunk, own in self._chunks.items():
+            if block >= boundary - boundary % chunk:
+                places = places + own
         return places

@@ -122,7 +122,7 @@ def _under(rule: MixedRule, spec: PolicySpec, length: int | None) -> Rule:
     arguments: dict[str, Any] = {**kept, **dict(spec.own)}
     if length is not None:
         whole = dataclasses.replace(spec, own=tuple(arguments.items()))
-        arguments = whole.arguments(length, rule.model)
+        arguments = whole.arguments(length, rule.model.open)
     policy = create_policy(spec.name, arguments)
     _check(rule, policy)
     return rule.under(policy)

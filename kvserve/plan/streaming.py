@@ -13,6 +13,10 @@ from kvserve.plan.page_plan import PagePlan
 from policies.base import ModelShape, StreamingPolicy
 from policies.files import follows_files
 
+NOTHING_OPEN = (
+    "every layer of this model sees a window of its own: no policy can keep less"
+)
+
 
 @dataclass(frozen=True)
 class StreamRule:
@@ -85,7 +89,7 @@ class StreamRule:
 
     def most_pages(self, tokens: int) -> int:
         """Pages that a request needs on its way to ``tokens`` tokens."""
-        return self.plan(tokens).pages(tokens, max(self.in_flight, 1))
+        return self.plan(tokens).most_pages(tokens, max(self.in_flight, 1))
 
     def most_entries(self, tokens: int) -> int:
         """The longest page list of any request of ``tokens`` tokens."""
@@ -101,8 +105,9 @@ class StreamRule:
 
     def remarks(self) -> list[str]:
         """What else a user should know when the server starts."""
-        found = [self.policy.remark(self.model), self._imbalance()]
-        return [line for line in found if line]
+        decides = self.model.open.num_layers > 0
+        remark = self.policy.remark(self.model.open) if decides else NOTHING_OPEN
+        return [line for line in (remark, self._imbalance()) if line]
 
     def _imbalance(self) -> str:
         """Say what it costs that ranks own heads in the model's order."""
@@ -119,9 +124,16 @@ class StreamRule:
 @lru_cache(maxsize=64)
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
-    budgets = rule.policy.budgets(rule.model, length)
+    model = rule.model
+    budgets = rule.policy.budgets(model.open, length) if model.open.num_layers else ()
     plan = PagePlan.from_budgets(
-        budgets, rule.page_size, length, rule.ranks, rule.is_shared
+        budgets,
+        rule.page_size,
+        length,
+        rule.ranks,
+        rule.is_shared,
+        model.local,
+        model.num_kv_heads,
     )
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
 
@@ -164,15 +176,20 @@ def scratch_pages(
 def describe(plan: PagePlan) -> str:
     """Say in one line what the lanes keep, in tokens as rounded to pages."""
     shards = plan.shards or plan.full.sinks
-    kinds = Counter(
-        (sinks, window, kept.bit_count())
-        for layer in zip(plan.sinks, plan.windows, shards, strict=True)
-        for sinks, window, kept in zip(*layer, strict=True)
-    )
+    local = plan.local or (None,) * plan.num_layers
+    kinds: Counter[tuple[int, int, int]] = Counter()
+    seen: Counter[str] = Counter()
+    for kind, *layer in zip(local, plan.sinks, plan.windows, shards, strict=True):
+        if kind:
+            seen[f"see {kind}, as the model has it"] += plan.num_kv_heads
+            continue
+        for sinks, window, kept in zip(*layer, strict=True):
+            kinds[sinks, window, kept.bit_count()] += 1
     parts = [
         f"{count} keep {_describe_lane(plan, *lane)}"
         for lane, count in sorted(kinds.items())
     ]
+    parts += [f"{count} {kind}" for kind, count in sorted(seen.items())]
     return (
         f"of {plan.num_lanes} KV heads {'; '.join(parts)} "
         f"(pages of {plan.page_size} tokens)"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from kvserve.plan.page_plan import PagePlan
+from policies.base import Local
 
 
 def stays(plan: PagePlan, layer: int, head: int, block: int) -> bool:
@@ -18,11 +19,27 @@ def stays(plan: PagePlan, layer: int, head: int, block: int) -> bool:
 def visible_blocks(plan: PagePlan, layer: int, head: int, block: int) -> list[int]:
     """Blocks that a query in ``block`` sees in a lane, ascending."""
     window = plan.windows[layer][head]
+    local = plan.local[layer] if plan.local else None
+    if local is not None and local.is_chunk and window:
+        return [
+            other for other in range(block + 1) if other // window == block // window
+        ]
     return [
         other
         for other in range(block + 1)
         if other > block - window or stays(plan, layer, head, other)
     ]
+
+
+def seen_by_model(local: Local | None, query: int) -> list[int]:
+    """Positions that the query at position ``query`` sees by the model itself."""
+    if local is None:
+        return [*range(query + 1)]
+    if local.is_chunk:
+        return [
+            p for p in range(query + 1) if p // local.tokens == query // local.tokens
+        ]
+    return [p for p in range(query + 1) if p > query - local.tokens]
 
 
 def visible_positions(plan: PagePlan, layer: int, head: int, query: int) -> list[int]:

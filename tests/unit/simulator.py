@@ -19,6 +19,7 @@ from kvserve.engine.batch.page_tables import PageArray
 from kvserve.plan.lanes import IntArray
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import scratch_pages
+from policies.base import FULL, Local
 
 FULL_LANE = (0, 0)
 UNKNOWN_PAGE = -1
@@ -27,19 +28,35 @@ LaneSizes = tuple[int, int] | tuple[int, int, int]
 
 
 def make_plan(
-    page_size: int, lanes: Sequence[Sequence[LaneSizes]], stride: int = 1
+    page_size: int,
+    lanes: Sequence[Sequence[LaneSizes]],
+    stride: int = 1,
+    local: tuple[Local | None, ...] = (),
 ) -> PagePlan:
     """Build a plan from the lanes of every layer's heads.
 
     A lane is ``(sinks, window)`` in blocks, with a third number for its shards: a bit
-    for each block of a turn of ``stride`` that stays.
+    for each block of a turn of ``stride`` that stays. Those of local layers are what
+    these see, whatever is drawn for them.
     """
+    full = [[FULL] * len(lanes[0])] * sum(kind is None for kind in local)
+    heads = len(lanes[0])
+    by_model = PagePlan.from_budgets(
+        tuple(map(tuple, full)), page_size, local=local, num_kv_heads=heads
+    )
+    lanes = [
+        [(0, window) for window in by_model.windows[layer]]
+        if local and local[layer]
+        else own
+        for layer, own in enumerate(lanes)
+    ]
     whole = [[(*lane, 0)[:3] for lane in layer] for layer in lanes]
     sinks, windows, shards = (
         tuple(tuple(lane[part] for lane in layer) for layer in whole)
         for part in range(3)
     )
-    return PagePlan(page_size, sinks, windows, stride, shards if stride > 1 else ())
+    shards = shards if stride > 1 else ()
+    return PagePlan(page_size, sinks, windows, stride, shards, local=local)
 
 
 @st.composite
@@ -61,7 +78,11 @@ def plans_of(
     lane = st.just((*FULL_LANE, 0)) | bounded | sharded
     layer = st.lists(lane, min_size=heads, max_size=heads)
     lanes = draw(st.lists(layer, min_size=layers, max_size=layers))
-    return make_plan(page_size, lanes, stride)
+    window = st.builds(Local, st.integers(1, 10))
+    chunk = st.just(Local(draw(st.integers(1, 3)) * page_size, True))
+    kinds = st.lists(st.none() | window | chunk, min_size=layers, max_size=layers)
+    local = tuple(draw(st.just([]) | kinds))
+    return make_plan(page_size, lanes, stride, local)
 
 
 @st.composite

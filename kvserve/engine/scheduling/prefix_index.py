@@ -136,7 +136,7 @@ class PrefixIndex:
             row = [self._null_page] * needs.width
             for place in needs.staying(block):
                 row[place] = pages[place]
-            for place in needs.reaching(boundary - block):
+            for place in needs.reaching(block, boundary):
                 row[place] = pages[place]
             found += row
         return found, boundary, len(chain)
@@ -163,7 +163,7 @@ class PrefixIndex:
         while block > 0 and boundary - block + 1 < _window_of(chain):
             block -= 1
             record = chain[block]
-            if not record.has(record.needs.reaching(boundary - block)):
+            if not record.has(record.needs.reaching(block, boundary)):
                 boundary = block
         return boundary
 

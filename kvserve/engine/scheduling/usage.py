@@ -66,7 +66,7 @@ def cache_usage(
         held, retained = manager.pages_held(name), int(lanes.sum()) * copies
         reads = plan.is_reading(tokens)
         totals["pages_full"] += full.pages(tokens)
-        totals["entries_seen"] += tokens * full.num_lanes * copies
+        totals["entries_seen"] += int(full.lane_tokens(tokens).sum()) * copies
         totals["dense_prefill_pages"] += held if reads else 0
         rows.append(
             {

@@ -22,11 +22,13 @@ from policies.base import (
     FULL,
     Capabilities,
     HeadBudget,
+    Local,
     ModelShape,
     StreamingPolicy,
 )
 from tests.reference.visibility import (
     held_positions,
+    seen_by_model,
     slots,
     visible_blocks,
     visible_positions,
@@ -206,12 +208,34 @@ def test_a_plan_survives_the_trip_to_another_process(plan: PagePlan) -> None:
 
 
 @given(plans(), st.integers(0, 60))
-def test_the_full_plan_holds_every_block(plan: PagePlan, tokens: int) -> None:
-    lanes = plan.num_layers * plan.num_kv_heads
-    full = plan.full
-    assert not full.has_bounded_lanes
-    assert full.pages(tokens) == blocks_of(tokens, plan.page_size) * lanes
+def test_the_full_plan_holds_every_block_that_the_model_shows(
+    plan: PagePlan, tokens: int
+) -> None:
+    full, blocks = plan.full, blocks_of(tokens, plan.page_size)
+    most = [blocks] * plan.num_layers
+    for layer, local in enumerate(plan.local):
+        if local:
+            most[layer] = min(blocks, max(plan.windows[layer]) or blocks)
+    assert full.pages(tokens) == sum(most) * plan.num_kv_heads
     assert full.pages(tokens) >= plan.pages(tokens)
+    assert full.full == full
+
+
+@given(st.integers(1, 70), st.integers(1, 8), st.integers(0, 70), st.booleans())
+def test_a_local_lane_holds_what_its_layer_sees_and_no_block_more(
+    tokens: int, page_size: int, query: int, is_chunk: bool
+) -> None:
+    seen = Local(tokens * page_size if is_chunk else tokens, is_chunk)
+    plan = PagePlan.from_budgets((), page_size, local=(seen,), num_kv_heads=1)
+    needed = {p // page_size for p in seen_by_model(seen, query)}
+    listed = visible_blocks(plan, 0, 0, query // page_size)
+    assert needed <= set(listed)
+    assert len(listed) <= max(len(needed) + 1, 1)
+    # The last query of a block, and the first, together see all that it lists.
+    ends = (listed[-1] * page_size, (listed[-1] + 1) * page_size - 1)
+    assert {p // page_size for end in ends for p in seen_by_model(seen, end)} == set(
+        listed
+    )
 
 
 def test_a_plan_describes_its_lanes_in_tokens() -> None:

@@ -82,7 +82,7 @@ def test_steps_under_way_hold_at_most_what_the_plan_says(
         len(held_entries(plan, computed, min(computed + in_flight, tokens)))
         for computed in range(tokens)
     )
-    assert plan.pages(tokens, in_flight) == most
+    assert plan.most_pages(tokens, in_flight) == most
 
 
 @given(shared_plans(), blocks)
@@ -94,7 +94,7 @@ def test_a_boundary_needs_what_its_next_query_sees(
     found = {
         block * width + place
         for block in range(boundary)
-        for place in [*needs.staying(block), *needs.reaching(boundary - block)]
+        for place in [*needs.staying(block), *needs.reaching(block, boundary)]
     }
     assert found == {e for e in seen_entries(plan, boundary) if e < boundary * width}
 
