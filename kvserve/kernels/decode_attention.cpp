@@ -30,9 +30,10 @@ constexpr int64_t AHEAD = 96;
 // Tokens below which waking other threads takes longer than the work.
 constexpr int64_t WORTH_THREADS = 1024;
 
-// One part of one row: its heads' sums over some of the row's pages.
+// One part of one row: its heads' sums over some of the row's pages, of whose tokens the
+// first `hidden` of the row are not seen.
 struct Part {
-    int64_t row, first, last;
+    int64_t row, first, last, hidden;
 };
 
 int64_t threads() {
@@ -144,7 +145,9 @@ template <class Page, class Product> class Attention {
         // A row has its sinks once, however many parts it has.
         for (int64_t head = 0; first == 0 && head < group_; ++head)
             form_.start(form_.kv_head(row_), head, peaks[head], masses[head]);
-        for (int64_t start = first; start < last; start += TOKENS) {
+        hidden_ = part.hidden;
+        for (int64_t start = std::max(first, hidden_ / TOKENS * TOKENS); start < last;
+             start += TOKENS) {
             for (int64_t head = 0; head < group_; head += HEADS) {
                 float *const own = sums + head * pool_.width;
                 switch (std::min<int64_t>(group_ - head, HEADS)) {
@@ -194,8 +197,8 @@ template <class Page, class Product> class Attention {
         if (form_.bends())
             bend(heads, head, pages, start, padded);
         for (int i = 0; i < heads; ++i)
-            soften(logits_ + i * TOKENS, count, padded, sums + i * width,
-                   peaks[head + i], masses[head + i]);
+            soften(logits_ + i * TOKENS, hidden_ - start, count, padded,
+                   sums + i * width, peaks[head + i], masses[head + i]);
         if (is_scaled<Page>)
             apply_scales(pool_, false, pages, start, count, heads, TOKENS, logits_);
         for (int i = 0; i < heads; ++i)
@@ -224,11 +227,14 @@ template <class Page, class Product> class Attention {
                 pages, start, padded, logits_ + i * TOKENS);
     }
 
-    // Turn logits into powers below the new peak, and bring the sums down to it.
+    // Turn logits into powers below the new peak, and bring the sums down to it. The first
+    // `hidden` are not seen.
     void soften(
-        float *logits, int64_t count, int64_t padded, float *sums, float &peak,
+        float *logits, int64_t hidden, int64_t count, int64_t padded, float *sums, float &peak,
         float &mass) {
         std::fill(logits + count, logits + padded, NEVER);
+        if (hidden > 0)
+            std::fill(logits, logits + hidden, NEVER);
         const float top = std::max(peak, highest(logits, padded) * factor_);
         if (top > peak) {
             const float fade = power_of_two(Floats{} + (peak - top))[0];
@@ -250,7 +256,7 @@ template <class Page, class Product> class Attention {
     const int64_t group_, quads_;
     const Form form_;
     const float factor_;
-    int64_t row_ = 0;
+    int64_t row_ = 0, hidden_ = 0;
     Buffer<Number> queries_;
     Buffer<float> logits_;
 };
@@ -264,7 +270,8 @@ struct Sums {
 };
 
 // Cut rows of `tokens` tokens in all so that threads have about equally much to read.
-std::vector<Part> cut(const int32_t *lengths, int64_t rows, int64_t tokens) {
+std::vector<Part> cut(
+    const int32_t *lengths, int64_t rows, int64_t tokens, const Form &form) {
     // A few parts for each thread even out what they take.
     const int64_t aim = std::max(LEAST, tokens / (4 * threads()));
     std::vector<Part> parts;
@@ -272,7 +279,9 @@ std::vector<Part> cut(const int32_t *lengths, int64_t rows, int64_t tokens) {
         const int64_t count = std::max<int64_t>((lengths[row] + aim / 2) / aim, 1);
         const int64_t each = (lengths[row] / count / TOKENS + 1) * TOKENS;
         for (int64_t first = 0; first == 0 || first < lengths[row]; first += each)
-            parts.push_back({row, first, std::min<int64_t>(first + each, lengths[row])});
+            parts.push_back(
+                {row, first, std::min<int64_t>(first + each, lengths[row]),
+                 form.hidden(lengths[row])});
     }
     return parts;
 }
@@ -316,7 +325,7 @@ void decode(
     Numbers out) {
     const int64_t width = pool.width;
     const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
-    const std::vector<Part> parts = cut(lengths, rows, tokens);
+    const std::vector<Part> parts = cut(lengths, rows, tokens, form);
     const int64_t count = parts.size();
     const Sums found(count, group, width);
 #pragma omp parallel if (tokens > WORTH_THREADS)

@@ -20,6 +20,7 @@ class Scores(ctypes.Structure):
         ("soft_cap", ctypes.c_float),
         ("kv_heads", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _ARRAYS),
+        ("window", ctypes.c_int64),
     )
 
 
@@ -50,7 +51,7 @@ def scores_of(
             )
     arrays = (sinks, slopes, *(positions or (None, None)))
     places = [None if array is None else array.data_ptr() for array in arrays]
-    return Scores(form.soft_cap, kv_heads, *places)
+    return Scores(form.soft_cap, kv_heads, *places, form.window)
 
 
 def places_of(

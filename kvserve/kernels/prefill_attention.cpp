@@ -130,7 +130,7 @@ template <class Page, class Product> class Attention {
                 const int64_t least = first_seen + pair / group_;
                 const int64_t most =
                     first_seen + std::min(pair + ROWS - 1, pairs - 1) / group_;
-                if (most > key)
+                if (most > key && key + count > form_.hidden(least))
                     step(row, tile, key, std::min(count, most - key), least - key, pair);
             }
         }
@@ -176,7 +176,9 @@ template <class Page, class Product> class Attention {
             bend(row_of, tile, first, padded, pair);
         for (int row = 0; row < ROWS; ++row) {
             const int64_t later = (pair + row) / group_ - pair / group_;
-            soften(logits_ + row * BLOCK, std::min(count, seen + later), padded, pair + row);
+            soften(
+                logits_ + row * BLOCK, form_.hidden(first + seen + later) - first,
+                std::min(count, seen + later), padded, pair + row);
         }
         if (is_scaled<Page>)
             apply_scales(pool_, false, pages, first, count, ROWS, BLOCK, logits_);
@@ -206,11 +208,14 @@ template <class Page, class Product> class Attention {
         }
     }
 
-    // Turn a pair's logits, of which it sees `seen`, into powers below its new peak, and
-    // bring its sums down to it.
-    void soften(float *logits, int64_t seen, int64_t padded, int64_t pair) {
+    // Turn a pair's logits, of which it sees those from `hidden` to `seen`, into powers
+    // below its new peak, and bring its sums down to it.
+    void soften(
+        float *logits, int64_t hidden, int64_t seen, int64_t padded, int64_t pair) {
         if (seen < padded)
             std::fill(logits + std::max<int64_t>(seen, 0), logits + padded, NEVER);
+        if (hidden > 0)
+            std::fill(logits, logits + std::min(hidden, padded), NEVER);
         float &peak = peaks_[pair];
         const float top = std::max(peak, highest(logits, padded) * factor_);
         if (top > peak) {

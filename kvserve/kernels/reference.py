@@ -127,6 +127,8 @@ def _weights(
     logits = bent(logits, form, heads, distance)
     last_seen = torch.arange(seq_len - q_len, seq_len, device=query.device)
     hidden = token[None, None, :] > last_seen[:, None, None]
+    if form is not None and form.window:
+        hidden |= token[None, None, :] <= last_seen[:, None, None] - form.window
     weights = weights_of(logits.masked_fill(hidden, float("-inf")), form, heads)
     return weights.masked_fill(hidden, 0.0)  # NaN where a query sees no key
 

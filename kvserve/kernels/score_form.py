@@ -27,6 +27,8 @@ class ScoreForm:
             ``[H_q]`` float32.
         alibi_slopes: what each query head adds for a token's distance, ``[H_q]``
             float32. Kernels then want :class:`Positions`.
+        window: last keys of a row that a query sees, its own included; 0: all of them.
+            Rows must list keys as they stand, none left out behind the first.
 
     Raises:
         ValueError: a negative cap, or tensors of another type or of unlike lengths.
@@ -35,8 +37,11 @@ class ScoreForm:
     soft_cap: float = 0.0
     sink_logits: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    window: int = 0
 
     def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"a window of {self.window}")
         if not self.soft_cap >= 0:
             raise ValueError(f"a soft cap of {self.soft_cap}")
         by_head = self._by_head()
@@ -47,7 +52,7 @@ class ScoreForm:
                 raise ValueError("one sink logit and one slope for each query head")
 
     def __bool__(self) -> bool:
-        return bool(self.soft_cap or self._by_head())
+        return bool(self.soft_cap or self.window or self._by_head())
 
     def _by_head(self) -> list[Tensor]:
         both = self.sink_logits, self.alibi_slopes

@@ -21,6 +21,7 @@ struct Scores {
     const float *slopes;      // none, or the weight that each head gives to distance
     const int32_t *positions; // of cached tokens, [num_pages, page_size]
     const int32_t *own;       // of the tokens that ask
+    int64_t window;           // keys of a row that a query sees, its own last; 0: all
 };
 
 // What a form makes of a head's logits.
@@ -55,6 +56,11 @@ class Form {
 
     bool bends() const {
         return scores_ && (scores_->soft_cap > 0 || scores_->slopes);
+    }
+    // Of the `seen` first keys of a row, its own the last, those that a query does not see.
+    int64_t hidden(int64_t seen) const {
+        const int64_t window = scores_ ? scores_->window : 0;
+        return window > 0 && seen > window ? seen - window : 0;
     }
     // What is left to multiply logits with.
     float factor() const { return bends() ? 1 : scale_ * LOG2_E; }

@@ -76,6 +76,7 @@ def attention_mass(
     transposed = key.float().transpose(1, 2).contiguous()
     mass = torch.zeros(kv_heads, keys, device=key.device)
     future = torch.ones(_TILE, _TILE, dtype=torch.bool, device=key.device).triu(1)
+    heads = torch.arange(kv_heads, device=key.device)
     for head in range(kv_heads):
         for first in range(0, queries, _TILE):
             tile = grouped[head, :, first : first + _TILE]
@@ -85,38 +86,28 @@ def attention_mass(
                 len(tile), rows, seen
             )
             if form:
-                weights = window_attention(logits[None], form, head)
-                mass[head, :seen] += weights.sum(dim=(0, 1, 2))
-                continue
+                logits = _bent_tile(logits, form, heads[head : head + 1])
             # Only the last keys can lie in a query's future.
             own = logits[..., seen - rows :]
             own.masked_fill_(future[:rows, :rows], float("-inf"))
+            if form:
+                weights = weights_of(
+                    logits.transpose(0, 1), form, heads[head : head + 1]
+                )
+                mass[head, :seen] += weights.sum(dim=(0, 1))
+                continue
             weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp2_()
             share = 1 / weights.sum(dim=-1)
             mass[head, :seen] += share.flatten() @ weights.flatten(0, 1)
     return mass
 
 
-def window_attention(logits: Tensor, form: ScoreForm, first_head: int = 0) -> Tensor:
-    """Attention of a text's last tokens to all of it, as a form has it.
-
-    Args:
-        logits: Scaled products of the last ``n`` of ``m`` tokens, nothing hidden,
-            ``[H, G, n, m]``.
-        first_head: The KV head of the first of ``H``.
-
-    Returns:
-        Probabilities, ``[H, G, n, m]``; keys stand where they lie.
-    """
-    heads, group, queries, keys = logits.shape
-    token = torch.arange(keys, device=logits.device)
-    distance = (token - token[keys - queries :, None]).repeat(heads, 1)
-    own = first_head + torch.arange(heads, device=logits.device)
-    own = own.repeat_interleave(queries)
-    rows = bent(logits.transpose(1, 2).flatten(0, 1), form, own, distance)
-    rows = rows.masked_fill(distance[:, None] > 0, float("-inf"))
-    by_query = weights_of(rows, form, own).view(heads, queries, group, keys)
-    return by_query.transpose(1, 2)
+def _bent_tile(logits: Tensor, form: ScoreForm, head: Tensor) -> Tensor:
+    """Bend a tile's ``logits [G, n, m]``, of the last ``n`` of ``m`` tokens."""
+    rows, seen = logits.shape[1:]
+    token = torch.arange(seen, device=logits.device)
+    distance = token - token[seen - rows :, None]
+    return bent(logits.transpose(0, 1), form, head, distance).transpose(0, 1)
 
 
 def row_attention(

@@ -53,6 +53,7 @@ def _attend(
     cap,
     slope,
     position,
+    window,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -63,6 +64,7 @@ def _attend(
     PRECISION: tl.constexpr,
     CAPPED: tl.constexpr,
     SLOPES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     MASKED: tl.constexpr,
     EMIT: tl.constexpr,
 ):
@@ -70,8 +72,8 @@ def _attend(
 
     ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
     query sees every key; MASKED lets query m see keys ``j < seen[m]``. EMIT leaves the
-    first G queries' scores at ``scores[slot, g]``. CAPPED and SLOPES are of the form,
-    see ``triton_scores``: ``slope`` and ``position`` are of each query.
+    first G queries' scores at ``scores[slot, g]``. CAPPED, SLOPES and WINDOWED are of
+    the form, see ``triton_scores``: ``slope`` and ``position`` are of each query.
     """
     dim = tl.arange(0, HEAD_PAD)
     head = tl.arange(0, query.shape[0])
@@ -109,6 +111,9 @@ def _attend(
         )
         if MASKED:
             score = tl.where(token[None, :] < seen[:, None], score, float("-inf"))
+        if WINDOWED:
+            hidden = token[None, :] < seen[:, None] - window
+            score = tl.where(hidden, float("-inf"), score)
         if EMIT:
             emitted = (head < G)[:, None] & (token < last)[None, :]
             tl.store(scores + slot[None, :] * G + head[:, None], score, mask=emitted)
@@ -152,6 +157,7 @@ def split_kernel(
     row_first,
     cap,
     heads,
+    window,
     scale,
     rows,
     programs,
@@ -169,6 +175,7 @@ def split_kernel(
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     EMIT: tl.constexpr,
 ):
     """One split of a row with one query: its output, or its share for join_kernel."""
@@ -202,15 +209,15 @@ def split_kernel(
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, first, whole, seen, acc, peak, mass, pool, scales, pages, scores, scale,
-        positions, cap, slope, position,
+        positions, cap, slope, position, window,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, False, EMIT,
+        PRECISION, CAPPED, SLOPES, WINDOWED, False, EMIT,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, scores, scale,
-        positions, cap, slope, position,
+        positions, cap, slope, position, window,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, True, EMIT,
+        PRECISION, CAPPED, SLOPES, WINDOWED, True, EMIT,
     )  # fmt: skip
 
     if splits == 1:
@@ -267,8 +274,10 @@ def join_kernel(
             partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=wanted, other=0.0
         )
         new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        weight = tl.exp2(peaks - new_peak)
-        fade = tl.exp2(peak - new_peak)
+        # Splits that lie before the row's window have seen nothing.
+        base_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(peaks - base_peak)
+        fade = tl.exp2(peak - base_peak)
         acc = acc * fade + tl.sum(part * weight[:, None], 0)
         mass = mass * fade + tl.sum(masses * weight, 0)
         peak = new_peak
@@ -295,6 +304,7 @@ def tile_kernel(
     row_first,
     cap,
     heads,
+    window,
     scale,
     rows,
     table_stride,
@@ -310,6 +320,7 @@ def tile_kernel(
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """One tile (BLOCK_M // G queries x G heads) of a row with several queries."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -346,15 +357,15 @@ def tile_kernel(
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, 0, whole, seen, acc, peak, mass, pool, scales, pages, pool, scale,
-        positions, cap, slope, position,
+        positions, cap, slope, position, window,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, False, False,
+        PRECISION, CAPPED, SLOPES, WINDOWED, False, False,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, pool, scale,
-        positions, cap, slope, position,
+        positions, cap, slope, position, window,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, True, False,
+        PRECISION, CAPPED, SLOPES, WINDOWED, True, False,
     )  # fmt: skip
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -28,12 +28,12 @@ class Scores:
     Attributes:
         arrays: sink logits, slopes, positions of slots, of tokens that ask, and each
             row's first query; where they are not wanted, anything.
-        numbers: the cap in base 2, and KV heads.
+        numbers: the cap in base 2, KV heads, and the window.
         constants: what kernels are compiled for.
     """
 
     arrays: tuple[Tensor, ...]
-    numbers: tuple[float, int]
+    numbers: tuple[float, int, int]
     constants: dict[str, bool]
 
     @classmethod
@@ -49,9 +49,9 @@ class Scores:
         Raises:
             ValueError: they are of other heads, or slopes have no positions.
         """
-        none = {"CAPPED": False, "SINKS": False, "SLOPES": False}
+        none = dict.fromkeys(("CAPPED", "SINKS", "SLOPES", "WINDOWED"), False)
         if scores is None or not scores.form:
-            return cls((like,) * 5, (0.0, 1), none)
+            return cls((like,) * 5, (0.0, 1, 0), none)
         form, positions = scores.form, positions_for(scores.form, scores.positions)
         cached = own = like
         if positions is not None:
@@ -64,11 +64,12 @@ class Scores:
             "CAPPED": form.soft_cap > 0,
             "SINKS": sinks is not None,
             "SLOPES": slopes is not None,
+            "WINDOWED": form.window > 0,
         }
         by_head = tuple(like if each is None else each for each in (sinks, slopes))
         return cls(
             (*by_head, cached, own, scores.first),
-            (form.soft_cap * LOG2_E, form.kv_heads(group)),
+            (form.soft_cap * LOG2_E, form.kv_heads(group), form.window),
             given,
         )
 

@@ -46,6 +46,7 @@ from tests.unit.score_forms import (  # noqa: E402
     FORMS,
     LAST,
     LOUD,
+    WINDOWS,
     make_form,
     scattered_positions,
 )
@@ -81,7 +82,7 @@ def wanted(case: Case, scores: RowScores) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("parts", "group", "dtype"),
-    [(parts, 3, torch.float32) for parts in FORMS]
+    [(parts, 3, torch.float32) for parts in FORMS + WINDOWS]
     + [(ALL, group, torch.float32) for group in (1, 8)]
     + [(ALL, 4, DTYPES[-1])],
     ids=str,

@@ -10,6 +10,9 @@ from kvserve.kernels.score_form import ScoreForm
 
 FORMS = ["sinks", "cap", "slopes", "sinks cap", "sinks slopes", "sinks cap slopes"]
 """What a form may ask for, alone and together."""
+WINDOWS = ["window", "window sinks", "window sinks cap slopes"]
+"""Forms of layers that no policy decides on, so nobody adds up their attention."""
+WINDOW = 37
 CAP = 3.0
 LOUD = 4.0
 """Of queries, so that logits reach the cap."""
@@ -24,6 +27,7 @@ def make_form(parts: str, heads: int, device: str = "cpu") -> ScoreForm:
         CAP if "cap" in parts else 0.0,
         3 - 7 * spread if "sinks" in parts else None,
         0.02 + 0.5 * spread.flip(0) if "slopes" in parts else None,
+        WINDOW if "window" in parts else 0,
     )
 
 
@@ -74,6 +78,8 @@ def weights(
         assert distance is not None
         assert (distance <= 0).all()
         logits = logits + form.alibi_slopes[head].double() * distance.double()
+    if form.window:
+        logits[: max(len(keys) - form.window, 0)] = float("-inf")
     powers, below = logits.exp(), 0.0
     if form.sink_logits is not None:
         below = float(form.sink_logits[head].double().exp())

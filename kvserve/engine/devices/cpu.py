@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -62,10 +62,14 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class StockRows:
-    """Rows as vLLM's kernel wants them, over queries that are head-major."""
+    """Rows as vLLM's kernel wants them, over queries that are head-major.
+
+    Attributes:
+        schedules: by the window of a layer, -1 without one.
+    """
 
     query_start: torch.Tensor
-    schedule: torch.Tensor
+    schedules: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class CPUDevice(Device):
@@ -91,8 +95,7 @@ class CPUDevice(Device):
         counts = np.diff(shapes.query_start[decodes:])
         stock = None
         if not self._has_kernels:
-            query_start = torch.from_numpy(shapes.query_start)
-            stock = StockRows(query_start, self._schedule(query_start, seq_lens))
+            stock = StockRows(torch.from_numpy(shapes.query_start))
         first = torch.from_numpy(shapes.first[decodes:])
         return PlannedRows(decodes, seq_lens, first, torch.from_numpy(counts), stock)
 
@@ -104,7 +107,7 @@ class CPUDevice(Device):
         return known and native.can_attend(self._dtype, *sizes)
 
     def _schedule(
-        self, query_start: torch.Tensor, seq_lens: torch.Tensor
+        self, query_start: torch.Tensor, seq_lens: torch.Tensor, window: int
     ) -> torch.Tensor:
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
@@ -115,7 +118,7 @@ class CPUDevice(Device):
             dtype=self._dtype,
             query_start_loc=query_start,
             causal=True,
-            sliding_window_size=-1,
+            sliding_window_size=window,
             isa=self._isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
@@ -278,6 +281,10 @@ class CPUDevice(Device):
         assert rows.stock is not None
         if form and not self.supports(form):
             raise NotImplementedError("sinks or slopes in vLLM's kernel")
+        window = form.window if form and form.window else -1
+        schedules, query_start = rows.stock.schedules, rows.stock.query_start
+        if window not in schedules:
+            schedules[window] = self._schedule(query_start, rows.seq_lens, window)
         keys, values = _split(pool)
         order = HeadMajor(rows.decodes, self._group_size)
         query_rows = order.rows_of(query)
@@ -292,10 +299,10 @@ class CPUDevice(Device):
             scale=scale,
             causal=True,
             alibi_slopes=None,
-            sliding_window=-1,
+            sliding_window=window,
             block_table=page_table,
             softcap=form.soft_cap if form else 0.0,
-            scheduler_metadata=rows.stock.schedule,
+            scheduler_metadata=schedules[window],
             s_aux=None,
         )
         order.put_back(output_rows, out)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ from torch import Tensor
 from kvserve.kernels import native, reference, statistics
 from kvserve.kernels.score_form import Positions, RowScores, ScoreForm
 from kvserve.kernels.statistics import CachedRows
-from policies.base import Prompt
-from policies.scoring import observed_attention
 from tests.unit.score_forms import (
     FORMS,
     LAST,
@@ -59,27 +56,6 @@ def test_mass_of_prompts(
             what = query[index, head], key[head // group, :seen], SCALE
             wanted[head // group, :seen] += weights(*what, form, head, distance)
     torch.testing.assert_close(found, wanted.float(), rtol=2e-5, atol=1e-5)
-
-
-@forms
-def test_policies_observe_what_the_model_attends_to(parts: str) -> None:
-    torch.manual_seed(0)
-    kv_heads, group, window, tokens = 2, 3, 8, 40
-    form = make_form(parts, kv_heads * group)
-    query = LOUD * torch.randn(kv_heads * group, window, WIDTH)
-    key, value = torch.randn(2, kv_heads, tokens, WIDTH)
-    weigh = partial(statistics.window_attention, form=form)
-    prompt = Prompt(key, value, query, SCALE, weigh=weigh)
-    found = observed_attention(prompt, "max")
-    wanted = torch.zeros(kv_heads, window, tokens, dtype=torch.float64)
-    for head in range(kv_heads * group):
-        for index in range(window):
-            seen = tokens - window + index + 1
-            distance = torch.arange(seen) - (seen - 1)
-            what = query[head, index], key[head // group, :seen], SCALE
-            own = wanted[head // group, index, :seen]
-            own.copy_(torch.maximum(own, weights(*what, form, head, distance)))
-    torch.testing.assert_close(found, wanted.float(), rtol=2e-5, atol=1e-6)
 
 
 class Decode:

@@ -16,6 +16,7 @@ from tests.unit.score_forms import (
     FORMS,
     LAST,
     LOUD,
+    WINDOWS,
     make_form,
     scattered_positions,
     weights,
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 PAGE, WIDTH = 32, 64
 SCALE = WIDTH**-0.5
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
-forms = pytest.mark.parametrize("parts", FORMS)
+forms = pytest.mark.parametrize("parts", FORMS + WINDOWS)
 types = pytest.mark.parametrize(
     ("dtype", "stored"),
     [
