@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 
+from kvserve.engine.start.layers import model_shape_of
 from kvserve.engine.start.preflight import page_bytes_of
-from kvserve.engine.start.support import (
-    fits,
-    model_shape_of,
-    pages_hold,
-    rule_of,
-    scratch_of,
-)
+from kvserve.engine.start.support import fits, pages_hold, rule_of, scratch_of
 from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
 from policies.base import Policy
 from policies.files import read_bytes

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from policies.base import HeadBudget, ModelShape, StreamingPolicy
+from policies.base import FULL, HeadBudget, ModelShape, StreamingPolicy
 from policies.registry import create_policy
 from tests.engine.harness import PAGE, EngineSlot, write_profile
-from tests.reference.models import GQA, LATENT, LONG, MHA, MQA, TinyLlama
+from tests.reference.models import GQA, LATENT, LONG, MHA, MQA, WINDOW, TinyLlama
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Model:
         """What heads keep of a request that may become ``tokens`` tokens long."""
         found = create_policy(policy, policy_args)
         assert isinstance(found, StreamingPolicy)
-        return found.budgets(self.shape, tokens)
+        shape, budgets = self.shape, iter(found.budgets(self.shape.open, tokens))
+        nothing_to_say = (FULL,) * shape.num_kv_heads
+        local = shape.local or (None,) * shape.num_layers
+        return tuple(nothing_to_say if one else next(budgets) for one in local)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +75,7 @@ def _sound_books(request: pytest.FixtureRequest) -> Iterator[None]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""
     directory = tmp_path_factory.mktemp("models")
-    tiny = (MHA, GQA, MQA, LATENT, LONG)
+    tiny = (MHA, GQA, MQA, LATENT, LONG, WINDOW)
     found = {one.name: tiny_model(one, directory) for one in tiny}
     return found | {"smollm2": _embedded(directory)}
 
@@ -85,6 +88,7 @@ def tiny_model(tiny: TinyLlama, directory: Path) -> Model:
         tiny.num_query_heads,
         tiny.num_kv_heads,
         tiny.head_size,
+        local=tiny.local,
     )
     path = tiny.write(directory)
     profile = _profile(directory, shape)

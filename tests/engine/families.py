@@ -93,7 +93,11 @@ _ALIKE = [
 
 _WINDOWS = [
     Family(
-        "mistral", "mistral", shape(head_dim=32, sliding_window=50), ("window 50",) * 4
+        "mistral",
+        "mistral",
+        shape(head_dim=32, sliding_window=50),
+        ("window 50",) * 4,
+        served=True,
     ),
     Family(
         "gemma2",
@@ -108,8 +112,15 @@ _WINDOWS = [
         ),
         ("window 64, cap", "full, cap") * 2,
         seed=2,
+        served=True,
     ),
-    Family("gemma3", "gemma3_text", _GEMMA3, ("window 48",) * 5 + ("full",)),
+    Family(
+        "gemma3",
+        "gemma3_text",
+        _GEMMA3,
+        ("window 48",) * 5 + ("full",),
+        served=True,
+    ),
     Family(
         "cohere2",
         "cohere2",
@@ -121,18 +132,21 @@ _WINDOWS = [
         ),
         # Its configuration counts the tokens before the query's own.
         ("window 51",) * 3 + ("full",),
+        served=True,
     ),
     Family(
         "olmo3",
         "olmo3",
         shape(sliding_window=64, layer_types=[WINDOW, WINDOW, WINDOW, FULL]),
         ("window 64",) * 3 + ("full",),
+        served=True,
     ),
     Family(
         "exaone4",
         "exaone4",
         shape(sliding_window=48, layer_types=[WINDOW, WINDOW, WINDOW, FULL]),
         ("window 48",) * 3 + ("full",),
+        served=True,
     ),
     Family(
         "gpt-oss",
@@ -146,6 +160,7 @@ _WINDOWS = [
             layer_types=[WINDOW, FULL, WINDOW, FULL],
         ),
         ("window 48, sink", "full, sink") * 2,
+        served=True,
     ),
     Family(
         "mimo-v2",
@@ -171,6 +186,7 @@ _WINDOWS = [
             add_swa_attention_sink_bias=True,
         ),
         ("full", "window 48, sink", "window 48, sink", "full"),
+        served=True,
     ),
     Family(
         "llama4",
@@ -183,6 +199,7 @@ _WINDOWS = [
             attention_chunk_size=96,
         ),
         ("chunk 96",) * 3 + ("full",),
+        served=True,
     ),
 ]
 """Some layers see a window, or the chunk of the query; scores may be capped."""
@@ -193,6 +210,7 @@ _BIASED = [
         "bloom",
         {**_TOKENS, "hidden_size": 128, "n_layer": 4, "n_head": 4},
         ("full, alibi",) * 4,
+        served=True,
     ),
     Family(
         "falcon-alibi",
@@ -206,6 +224,7 @@ _BIASED = [
         },
         ("full, alibi",) * 4,
         seed=4,
+        served=True,
     ),
 ]
 """Scores fall with the distance."""

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families some of whose layers keep a state, or one latent vector for all heads.
-
-LFM2 and DeepSeek hand queries of three dimensions to vLLM's rotary embedding, whose CPU
-kernel takes their heads for tokens. Stock replies of both are those of no other engine,
-and depend on the batch: same batch, same steps, or there is nothing to compare.
-"""
+"""Families some of whose layers keep a state, or one latent vector for all heads."""
 
 from __future__ import annotations
 

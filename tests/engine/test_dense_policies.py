@@ -61,7 +61,7 @@ def reference_of(case: str, model: Model) -> Reference:
         ring = values["recent"] if values.get("bounded_tail") else 0
         return SnapKVReference(values["capacity"], values["window"], ring=ring)
     return TaskKVReference(
-        num_layers=model.shape.num_layers,
+        num_layers=model.shape.open.num_layers,
         budget=str(values["budget"]),
         beta=str(values["beta"]),
         m=values["m"],
@@ -77,6 +77,7 @@ def reference_of(case: str, model: Model) -> Reference:
         *itertools.product(["tiny-mha", "tiny-gqa"], RUNS, ARGUMENTS),
         *(("tiny-mqa", list(RUNS)[2], case) for case in ("snapkv", "h2o")),
         ("tiny-mqa", list(RUNS)[2], "heterogeneous"),
+        *itertools.product(["tiny-window"], list(RUNS)[1:], ARGUMENTS),
     ],
 )
 def test_kept_tokens_and_logits_are_those_of_the_reference(
@@ -105,16 +106,27 @@ def test_kept_tokens_and_logits_are_those_of_the_reference(
         expected, _ = oracle.reply_logits(tokens, len(prompt), reference)
         assert relative_error(found, expected).max() < TOLERANCE
         assert expected.argmax(dim=1).tolist() == reply.tokens
-        length, kept = held[request]
+        length, kept_by_all = held[request]
+        kept = [*model.shape.open.own(kept_by_all)]
         _, should = oracle.reply_logits(tokens[:length], len(prompt), reference)
         assert kept == should
+        for local, lanes in zip(model.shape.local, kept_by_all, strict=False):
+            if local:
+                last = set(range(max(length - local.tokens, 0), length))
+                assert lanes == [last] * model.shape.num_kv_heads
 
 
-@CASES
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *itertools.product(["tiny-gqa"], ARGUMENTS),
+        *itertools.product(["tiny-window"], ["h2o", "heterogeneous, bounded"]),
+    ],
+)
 def test_a_reply_depends_on_neither_chunks_nor_neighbours_nor_preemption(
-    engines: EngineSlot, models: dict[str, Model], case: str
+    engines: EngineSlot, models: dict[str, Model], name: str, case: str
 ) -> None:
-    model = models["tiny-gqa"]
+    model = models[name]
     policy, values = ARGUMENTS[case]
     prompts = random_prompts([333, 90, 217], model.vocab, seed=3)
     alone = []
@@ -137,11 +149,17 @@ def test_a_reply_depends_on_neither_chunks_nor_neighbours_nor_preemption(
         assert engine.pages_held == {}
 
 
-@CASES
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *itertools.product(["tiny-gqa"], ARGUMENTS),
+        *itertools.product(["tiny-window"], ["h2o", "snapkv"]),
+    ],
+)
 def test_pages_held_are_those_of_the_plan(
-    engines: EngineSlot, models: dict[str, Model], case: str
+    engines: EngineSlot, models: dict[str, Model], name: str, case: str
 ) -> None:
-    model = models["tiny-gqa"]
+    model = models[name]
     policy, values = ARGUMENTS[case]
     engine = engines.start(model.path, policy, values, max_num_batched_tokens=128)
     plan = engine.rule.plan(400)

@@ -48,8 +48,12 @@ CASES = [
     for model in ("tiny-mha", "tiny-gqa", "smollm2")
     for policy, values in POLICIES
 ] + [
-    pytest.param("tiny-mqa", policy, values, id=f"tiny-mqa-{policy}")
-    for policy, values in POLICIES[:2]
+    pytest.param(name, policy, values, id=f"{name}-{', '.join([policy, *values])}")
+    for name, policies in (
+        ("tiny-mqa", POLICIES[:2]),
+        ("tiny-window", [("full", {}), *POLICIES[1:3], POLICIES[4]]),
+    )
+    for policy, values in policies
 ]
 
 

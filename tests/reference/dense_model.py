@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies.base import FULL
 from tests.reference.dense_policies import Reference, of_group, softmax_rows
 from tests.reference.masked_model import MaskedLlama
 
@@ -30,15 +31,19 @@ class DenseLlama(MaskedLlama):
             prompt: tokens of the prompt.
 
         Returns:
-            ``[n - prompt + 1, V]`` and ``[num_layers][num_kv_heads]``.
+            ``[n - prompt + 1, V]`` and ``[layers][num_kv_heads]``, of layers without
+            a window of their own.
         """
         held: list[list[set[int]]] = []
         layers: Any = [(policy, prompt, held)] * self.shape.num_layers
         return self.logits(tokens, layers, 0, prompt - 1), held
 
     def _attention(
-        self, hidden: Tensor, name: str, budgets: Any, page_size: int
+        self, hidden: Tensor, name: str, budgets: Any, page_size: int, layer: int
     ) -> Tensor:
+        if self.shape.windows[layer] is not None:
+            full = [FULL] * self.shape.num_kv_heads
+            return super()._attention(hidden, name, full, page_size, layer)
         policy, prompt, held = budgets
         shape, tokens = self.shape, len(hidden)
         query, key, value = (

@@ -5,6 +5,8 @@ Slow on purpose: the whole sequence at once, dense masks, one KV head after the 
 Knows nothing of pages, lanes, chunks or slots, only of the rule in
 ``docs/architecture.md``: a query in block ``i`` of a bounded head sees the sink blocks,
 the head's shards and blocks ``i - w + 1 .. i``, causally; a full head sees everything.
+In a layer with a window of its own a query sees the last so many tokens, whatever its
+heads keep.
 """
 
 from __future__ import annotations
@@ -42,6 +44,13 @@ def visible(budget: HeadBudget, tokens: int, page_size: int) -> Tensor:
     return causal & (is_sink | is_recent | is_shard)
 
 
+def in_window(window: int, tokens: int) -> Tensor:
+    """Tell which keys a query sees of its ``window`` last tokens, its own included."""
+    query = torch.arange(tokens)[:, None]
+    key = torch.arange(tokens)[None, :]
+    return (key <= query) & (key > query - window)
+
+
 def whole_blocks(tokens: int, page_size: int) -> int:
     """Round tokens up to blocks."""
     blocks = tokens // page_size
@@ -50,7 +59,10 @@ def whole_blocks(tokens: int, page_size: int) -> int:
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What the forward pass reads from a Hugging Face ``config.json``."""
+    """What the forward pass reads from a Hugging Face ``config.json``.
+
+    ``windows`` has last tokens that a layer sees, or ``None`` for all.
+    """
 
     num_layers: int
     num_query_heads: int
@@ -58,6 +70,7 @@ class LlamaShape:
     head_size: int
     rope_theta: float
     norm_eps: float
+    windows: tuple[int | None, ...]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LlamaShape:
@@ -69,6 +82,11 @@ class LlamaShape:
             head_size=config.get("head_dim", config["hidden_size"] // heads),
             rope_theta=config["rope_theta"],
             norm_eps=config["rms_norm_eps"],
+            windows=tuple(
+                config["sliding_window"] if kind == "sliding_attention" else None
+                for kind in config.get("layer_types")
+                or ["full_attention"] * config["num_hidden_layers"]
+            ),
         )
 
 
@@ -108,7 +126,7 @@ class MaskedLlama:
             name = f"model.layers.{layer}"
             normed = self._norm(hidden, f"{name}.input_layernorm")
             hidden = hidden + self._attention(
-                normed, f"{name}.self_attn", budgets[layer], page_size
+                normed, f"{name}.self_attn", budgets[layer], page_size, layer
             )
             normed = self._norm(hidden, f"{name}.post_attention_layernorm")
             hidden = hidden + self._mlp(normed, f"{name}.mlp")
@@ -121,6 +139,7 @@ class MaskedLlama:
         name: str,
         budgets: Sequence[HeadBudget],
         page_size: int,
+        layer: int,
     ) -> Tensor:
         shape, tokens = self.shape, len(hidden)
         query = self._project(hidden, f"{name}.q_proj").view(
@@ -139,10 +158,18 @@ class MaskedLlama:
         for head in range(shape.num_query_heads):
             kv_head = head // group
             scores = query[:, head] @ key[:, kv_head].T / shape.head_size**0.5
-            mask = visible(budgets[kv_head], tokens, page_size)
+            mask = self._mask(layer, budgets[kv_head], tokens, page_size)
             weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
             outputs.append(weights @ value[:, kv_head])
         return self._project(torch.cat(outputs, dim=-1), f"{name}.o_proj")
+
+    def _mask(
+        self, layer: int, budget: HeadBudget, tokens: int, page_size: int
+    ) -> Tensor:
+        window = self.shape.windows[layer]
+        if window is not None:
+            return in_window(window, tokens)
+        return visible(budget, tokens, page_size)
 
     def _rotate(self, states: Tensor) -> Tensor:
         """Apply RoPE to ``[tokens, heads, head_size]``, in the two-halves layout."""

@@ -20,6 +20,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from policies.base import Local
+
 ATTENTION_GAIN = 1.5
 """Standard deviation of queries and keys: scores have its square."""
 LOGIT_GAIN = 3.0
@@ -42,6 +44,21 @@ class TinyLlama:
     intermediate_size: int = 256
     vocab_size: int = 512
     max_tokens: int = 4096
+    window: int | None = None
+    """Last tokens that queries see in every layer but each third."""
+
+    @property
+    def layer_types(self) -> list[str]:
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        return [kinds[layer % 3] for layer in range(self.num_layers)]
+
+    @property
+    def local(self) -> tuple[Local | None, ...]:
+        """What the queries of each layer see, if there are windows."""
+        if not self.window:
+            return ()
+        window = Local(self.window)
+        return tuple(window if "sliding" in kind else None for kind in self.layer_types)
 
     def write(self, parent: Path, seed: int = 0) -> Path:
         """Write ``config.json`` and the weights below ``parent``; return the folder."""
@@ -64,7 +81,8 @@ class TinyLlama:
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
 
     def _config(self) -> dict[str, object]:
-        return {
+        windows = {"layer_types": self.layer_types, "sliding_window": self.window}
+        return (windows if self.window else {}) | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
@@ -188,6 +206,16 @@ LATENT = TinyMiniCPM3(
     head_size=64,
     hidden_size=128,
 )
+WINDOW = TinyLlama(
+    "tiny-window",
+    num_layers=6,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    hidden_size=128,
+    window=50,
+)
+"""A window that is no whole number of pages, in four layers of six."""
 LONG = TinyLlama(
     "tiny-long",
     num_layers=5,

@@ -32,6 +32,7 @@ class PageTables:
         open_page: page being filled, ``[num_layers, rows, num_kv_heads]``; of settled
             rows ``settled`` tells.
         settled: rows whose lanes have lengths of their own.
+        local_layers: those whose queries do not see everything by the model itself.
         changed: rows whose pages have changed, until somebody clears it.
 
     Args:
@@ -59,6 +60,7 @@ class PageTables:
             self.ordered = np.zeros(shape, dtype=np.int32)
         self.open_page: PageArray = np.zeros(shape[:3], dtype=np.int32)
         self.settled = SettledRows(shape[:3], plan.page_size)
+        self.local_layers = frozenset(i for i, one in enumerate(plan.local) if one)
         self.changed: set[int] = set()
         self._plans: dict[str, RequestPlan] = {}
         self._requests: list[str] = []

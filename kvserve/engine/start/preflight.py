@@ -19,11 +19,10 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.start.compiler import check_compiler
+from kvserve.engine.start.layers import check_model, model_shape_of
 from kvserve.engine.start.support import (
     check_batch,
-    check_model,
     fits,
-    model_shape_of,
     page_format_of,
     rule_of,
     scratch_of,

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.cpu import Device
 from kvserve.engine.worker.selection import SelectingStep
+from kvserve.kernels.score_form import Positions, ScoreForm
 
 
 @dataclass
@@ -32,6 +33,7 @@ class HeadPagedMetadata(AttentionMetadata):
         copies: pages to move when a layer is done, ``[num_layers]`` or empty.
         clock: what choosing and moving cost.
         selecting: what requests that select do in this step, if there are any.
+        positions: of tokens and of the pool, if a layer asks how far keys are.
     """
 
     num_actual_tokens: int
@@ -42,6 +44,7 @@ class HeadPagedMetadata(AttentionMetadata):
     copies: list[tuple[torch.Tensor, torch.Tensor]]
     clock: Clock
     selecting: SelectingStep | None = None
+    positions: Positions | None = None
 
 
 class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
@@ -65,14 +68,24 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         self.head_size = head_size
         self.scale = scale
         self._num_kv_heads = num_kv_heads or num_heads
-        self._group_size = num_heads // self._num_kv_heads
-        self.has_bias = bool(alibi_slopes or logits_soft_cap or sinks is not None)
-        """Attention that rows do not express; the worker refuses such layers."""
+        self.group_size = num_heads // self._num_kv_heads
+        self._window, self._soft_cap = sliding_window or 0, logits_soft_cap or 0.0
+        self._sinks, self._slopes = sinks, alibi_slopes
 
-    def bind(self, device: Device, layer_index: int) -> None:
-        """Tell the layer its number and its device, once the cache exists."""
-        self._device = device
-        self._layer_index = layer_index
+    @property
+    def asks_distance(self) -> bool:
+        """Whether scores follow from how far keys are."""
+        return bool(self._slopes)
+
+    def bind(self, device: Device, layer_index: int, place: torch.device) -> None:
+        """Tell the layer its number and its device, once weights are loaded."""
+        self._device, self._layer_index = device, layer_index
+        sinks, slopes = self._sinks, None
+        if sinks is not None:
+            sinks = sinks.detach().to(place, torch.float32).contiguous()
+        if self._slopes:
+            slopes = torch.tensor(self._slopes, dtype=torch.float32, device=place)
+        self._form = ScoreForm(self._soft_cap, sinks, slopes, self._window)
 
     def forward(
         self,
@@ -112,13 +125,19 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             meta.page_tables[this],
             self.scale,
             output[:tokens],
+            self._form,
+            meta.positions,
         )
         if meta.copies and len(meta.copies[this][0]):
             source, target = meta.copies[this]
             with meta.clock.compacting():
                 kv_cache[target] = kv_cache[source]
+                if meta.positions is not None:
+                    cached = meta.positions.cached
+                    cached[target] = cached[source]
         if meta.selecting is not None:
-            meta.selecting.observe(this, query[:tokens], kv_cache, self.scale)
+            asked = query[:tokens], kv_cache, self.scale, self._form
+            meta.selecting.observe(this, *asked, meta.positions)
         return output
 
     def _write(
@@ -133,5 +152,8 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         if meta.selecting is not None:
             meta.selecting.make_room(self._layer_index, slots)
         self._device.write(key, value, kv_cache, slots)
+        if meta.positions is not None:
+            own = meta.positions.own.repeat_interleave(self._num_kv_heads)
+            meta.positions.cached.view(-1)[slots] = own
         if meta.selecting is not None:
             meta.selecting.written(slots)

@@ -31,8 +31,14 @@ from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.engine.start.support import page_format_of
 from kvserve.engine.worker.attention import HeadPagedAttention, HeadPagedMetadata
-from kvserve.engine.worker.selection import SelectingStep, Selector
+from kvserve.engine.worker.selection import (
+    SelectingStep,
+    Selector,
+    TokenState,
+    positions_of,
+)
 from kvserve.kernels.page_formats import FORMATS
+from kvserve.kernels.score_form import Positions
 from kvserve.plan.lanes import IntArray
 
 
@@ -85,8 +91,10 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        # A step of single tokens may end a prompt, which a graph would not notice.
-        if cast(HeadPagedSpec, kv_cache_spec).rule.may_select:
+        # A step of single tokens may end a prompt, which a graph would not notice;
+        # and positions have no address of their own.
+        rule = cast(HeadPagedSpec, kv_cache_spec).rule
+        if rule.may_select or any(impl.asks_distance for impl in _impls(vllm_config)):
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -100,8 +108,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # One-token requests come first: their rows are a view of the queries.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        layers = get_layers_from_vllm_config(vllm_config, Attention)
-        one = next(iter(layers.values()))
+        layers = _impls(vllm_config)
         self.clock = Clock()
         rule, rank = kv_cache_spec.rule, get_tensor_model_parallel_rank()
         self.tables = PageTables(
@@ -116,26 +123,35 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             kv_cache_spec,
             page_format_of(vllm_config),
             cast(torch.dtype, vllm_config.model_config.dtype),
-            one.num_heads // one.num_kv_heads,
+            layers[0].group_size,
             self.tables,
             device,
         )
         self._input_batch: Any = None
         self._selector: Selector | None = None
+        self._asks_distance = any(layer.asks_distance for layer in layers)
+        self._cached_positions: torch.Tensor | None = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
-        for index, layer in enumerate(layers.values()):
-            cast(HeadPagedAttention, layer.impl).bind(self.kernels, index)
+        for index, layer in enumerate(layers):
+            layer.bind(self.kernels, index, device)
 
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""
         self._input_batch = input_batch
 
-    def prepare_selection(self, pool: torch.Tensor) -> None:
-        """Make room for what is remembered of cached tokens, if policies may select."""
+    def remember_tokens(self, pool: torch.Tensor) -> None:
+        """Make room for what must be known of cached tokens beside keys and values."""
         rule = cast(HeadPagedSpec, self.kv_cache_spec).rule
+        if not rule.may_select and not self._asks_distance:
+            return
+        shape = pool.shape[0], pool.shape[2]
+        self._cached_positions = torch.full(
+            shape, -1, dtype=torch.int32, device=pool.device
+        )
         if rule.may_select:
+            state = TokenState.of(pool, self._cached_positions, rule.weighs)
             self._selector = Selector(
-                self.tables, self.kernels, self.staging, self.clock, pool, rule.weighs
+                self.tables, self.kernels, self.staging, self.clock, pool, state
             )
 
     def settle(self) -> None:
@@ -183,13 +199,22 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         selecting = None
         if self._selector is not None:
             selecting = self._selector.begin(requests, lists, *lengths, staged)
-        return self._metadata(common, staged, selecting)
+        return self._metadata(common, staged, selecting, self._positions(*lengths))
+
+    def _positions(self, query_start: IntArray, seq_lens: IntArray) -> Positions | None:
+        """Where tokens stand, if a layer asks."""
+        cached = self._cached_positions
+        if cached is None or not self._asks_distance:
+            return None
+        own = positions_of(query_start, seq_lens).astype(np.int32)
+        return Positions(cached, self.staging.tensor(own))
 
     def _metadata(
         self,
         common: CommonAttentionMetadata,
         staged: StagedRows,
         selecting: SelectingStep | None,
+        positions: Positions | None = None,
     ) -> HeadPagedMetadata:
         return HeadPagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -200,7 +225,14 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             copies=staged.copies,
             clock=self.clock,
             selecting=selecting,
+            positions=positions,
         )
+
+
+def _impls(vllm_config: VllmConfig) -> list[HeadPagedAttention]:
+    """What computes the attention of each layer."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return [cast(HeadPagedAttention, layer.impl) for layer in layers.values()]
 
 
 def lengths_of(

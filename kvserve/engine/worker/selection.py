@@ -18,6 +18,7 @@ from kvserve.engine.batch.page_tables import PageArray, PageTables
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.cpu import Device
 from kvserve.engine.devices.staging import StagedRows, Staging
+from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 from kvserve.plan.dense import DensePlan
 from kvserve.plan.lanes import BoolArray, IntArray
@@ -37,6 +38,16 @@ class TokenState:
     position: torch.Tensor
     mass: torch.Tensor | None
 
+    @classmethod
+    def of(cls, pool: torch.Tensor, position: torch.Tensor, weighs: bool) -> TokenState:
+        """Make room for the tokens of a pool.
+
+        Args:
+            weighs: whether a policy may ask for attention mass.
+        """
+        mass = torch.zeros(position.shape, device=pool.device) if weighs else None
+        return cls(position, mass)
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -46,7 +57,9 @@ class Reader:
         plan: its page plan.
         tokens: tokens ``[first, last)`` of the step that are its chunk.
         length: tokens of its prompt that are cached when the step is done.
-        pages: its pages, ``[num_layers, num_kv_heads, blocks]``.
+        pages: its pages, ``[num_layers, num_kv_heads, blocks]``, of layers that are not
+            local.
+        local: the others, when the prompt is read: what they see of its end.
         kept: the front of its page list, to which survivors move.
     """
 
@@ -55,11 +68,27 @@ class Reader:
     tokens: slice
     length: int
     pages: torch.Tensor
+    local: dict[int, LastPages]
     kept: PageArray
 
     @property
     def is_done(self) -> bool:
         return self.length == self.plan.prompt_tokens
+
+
+@dataclass(frozen=True)
+class LastPages:
+    """Where a layer has the last tokens of a prompt.
+
+    Attributes:
+        pages: ``[num_kv_heads, blocks]``.
+        skip: tokens of the first page that are not among them.
+        keep: how many they are.
+    """
+
+    pages: torch.Tensor
+    skip: int
+    keep: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,7 @@ class Selector:
 
     Args:
         pool: the cache, ``[num_pages, 1, page_size, bytes or numbers]``.
-        weighs: whether a policy may ask for attention mass.
+        state: what is remembered of the pool's tokens.
     """
 
     def __init__(
@@ -114,16 +143,13 @@ class Selector:
         staging: Staging,
         clock: Clock,
         pool: torch.Tensor,
-        weighs: bool,
+        state: TokenState,
     ) -> None:
         self.tables, self.kernels, self.staging = tables, kernels, staging
         self.clock, self._pool = clock, pool
-        shape, mass = (pool.shape[0], pool.shape[2]), None
-        if weighs:
+        self.state = state
+        if state.mass is not None:
             kernels.prepare_statistics(pool)
-            mass = torch.zeros(shape, device=pool.device)
-        position = torch.full(shape, -1, dtype=torch.int32, device=pool.device)
-        self.state = TokenState(position, mass)
         self._step: SelectingStep | None = None
 
     def begin(
@@ -178,8 +204,26 @@ class Selector:
         blocks = blocks_of(length, plan.page_size)
         pages = self.tables.by_slot[:, row, :, :blocks].astype(np.int64)
         tokens = slice(int(query_start[row]), int(query_start[row + 1]))
+        local = self._last_pages(row, plan) if length == plan.prompt_tokens else {}
         kept = page_lists[row, : plan.kept_entries].copy()
-        return Reader(name, plan, tokens, length, self.staging.tensor(pages), kept)
+        bring = self.staging.tensor
+        return Reader(name, plan, tokens, length, bring(pages), local, kept)
+
+    def _last_pages(self, row: int, plan: DensePlan) -> dict[int, LastPages]:
+        """Where local layers have what they keep of a prompt that is read."""
+        found, lanes = {}, plan.full.lanes
+        for layer in self.tables.local_layers:
+            keep = int(plan.keep[layer, 0])
+            first = plan.prompt_tokens - keep
+            blocks = np.arange(
+                first // plan.page_size, blocks_of(plan.prompt_tokens, plan.page_size)
+            )
+            shape = *plan.keep.shape, len(blocks)
+            slots = np.broadcast_to(lanes.slot_of(blocks), shape)[layer]
+            by_slot = self.tables.by_slot[layer, row].astype(np.int64)
+            pages = self.staging.tensor(np.take_along_axis(by_slot, slots, axis=1))
+            found[layer] = LastPages(pages, first % plan.page_size, keep)
+        return found
 
     def _decode_rows(
         self,
@@ -200,7 +244,7 @@ class Selector:
             weighs[row] = plan.rule.weighs
             per_query[row] = plan.rule.policy.mass_per_query
         return DecodeRows(
-            bring(_positions(query_start, seq_lens).astype(np.int32).repeat(heads)),
+            bring(positions_of(query_start, seq_lens).astype(np.int32).repeat(heads)),
             bring(_by_row(held)),
             blocks_of(int(held.max(initial=1)), self._pool.shape[2]),
             {
@@ -280,16 +324,25 @@ class SelectingStep:
             state.mass.view(-1).index_fill_(0, slots, 0)
 
     def observe(
-        self, layer: int, query: torch.Tensor, kv_cache: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        form: ScoreForm,
+        positions: Positions | None,
     ) -> None:
         """Look at a layer once it has attended.
 
         Args:
             query: ``[tokens, H_q, D]``.
+            form: how the layer scores keys.
+            positions: of the step's tokens and the pool's, where the form asks.
         """
         mass = self.selector.state.mass
         with self.selector.clock.selecting():
-            if mass is not None and len(self.rows.weighed):
+            is_local = layer in self.selector.tables.local_layers
+            if mass is not None and len(self.rows.weighed) and not is_local:
                 decodes = query[: self.staged.num_decode_tokens]
                 heads = self.selector.tables.open_page.shape[2]
                 group, size = query.shape[1] // heads, query.shape[2]
@@ -299,9 +352,11 @@ class SelectingStep:
                     self._cached(layer, self.rows.weighed),
                     scale,
                     mass,
+                    form,
+                    positions,
                 )
             for reader in self.readers:
-                self._read_on(layer, query, kv_cache, reader, scale)
+                self._read_on(layer, query, kv_cache, reader, scale, form)
 
     def _cached(self, layer: int, rows: torch.Tensor) -> CachedRows:
         page_size = self.selector.state.position.shape[1]
@@ -315,8 +370,14 @@ class SelectingStep:
         kv_cache: torch.Tensor,
         reader: Reader,
         scale: float,
+        form: ScoreForm,
     ) -> None:
         """Gather a chunk's statistics; after the last one, select what survives."""
+        if layer in self.selector.tables.local_layers:
+            if reader.is_done:
+                kept = self._keep_last(kv_cache, reader, reader.local[layer])
+                self._survivors.setdefault(reader.request_id, []).append(kept)
+            return
         mass = self.selector.state.mass if reader.plan.rule.weighs else None
         if mass is None and not reader.is_done:
             return
@@ -327,30 +388,63 @@ class SelectingStep:
         if mass is not None:
             drawn = mass[pages].flatten(1)
             total = drawn[:, :length]
-            total += kernels.attention_mass(chunk, keys, scale)
+            total += kernels.attention_mass(chunk, keys, scale, form)
             mass[pages] = drawn.view(*pages.shape, -1)
         if reader.is_done:
             values = kernels.read_values(kv_cache, pages)
             values = values.flatten(1, 2)[:, :length]
-            kept = _select(reader, layer, chunk, keys, values, scale, total)
+            window = min(reader.plan.rule.observed, length)
+            prompt = Prompt(
+                keys.float(),
+                values.float(),
+                chunk[:, chunk.shape[1] - window :].float(),
+                scale,
+                total,
+                form.soft_cap,
+                form.sink_logits,
+                form.alibi_slopes,
+            )
+            kept = _select(reader, layer, prompt, keys, values)
             self._survivors.setdefault(reader.request_id, []).append(kept)
+
+    def _keep_last(
+        self, kv_cache: torch.Tensor, reader: Reader, last: LastPages
+    ) -> Survivors:
+        """Gather what a local layer sees of the end of a prompt."""
+        kernels, heads = self.selector.kernels, len(last.pages)
+        of_them = slice(last.skip, last.skip + last.keep)
+        keys = kernels.read_keys(kv_cache, last.pages).flatten(1, 2)[:, of_them]
+        values = kernels.read_values(kv_cache, last.pages).flatten(1, 2)[:, of_them]
+        first = reader.plan.prompt_tokens - last.keep
+        positions = torch.arange(
+            first, reader.plan.prompt_tokens, device=last.pages.device
+        )
+        weighs = reader.plan.rule.weighs
+        return Survivors(
+            Selection([*range(heads)], [positions] * heads),
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            positions.repeat(heads),
+            torch.zeros(heads * last.keep, device=keys.device) if weighs else None,
+        )
 
 
 def _select(
     reader: Reader,
     layer: int,
-    chunk: torch.Tensor,
+    prompt: Prompt,
     keys: torch.Tensor,
     values: torch.Tensor,
-    scale: float,
-    mass: torch.Tensor | None,
 ) -> Survivors:
-    """Let the policy select from a prompt, and gather what it keeps."""
-    rule, lanes = reader.plan.rule, reader.plan.lanes[layer]
-    window = min(rule.observed, reader.length)
-    queries = chunk[:, chunk.shape[1] - window :].float()
-    prompt = Prompt(keys.float(), values.float(), queries, scale, mass)
-    chosen = rule.policy.select(rule.model, layer, prompt, lanes)
+    """Let the policy select from a prompt, and gather what it keeps.
+
+    Args:
+        keys, values: as they are cached, ``[H_kv, n, d]``.
+    """
+    rule, lanes, mass = reader.plan.rule, reader.plan.lanes[layer], prompt.mass
+    model = rule.model.open
+    own = layer if model.chosen is None else model.chosen.index(layer)
+    chosen = rule.policy.select(model, own, prompt, lanes)
     lane_heads = list(zip(chosen.head_of_lane, chosen.positions, strict=True))
     if [len(kept) for _, kept in lane_heads] != [lane.keep for lane in lanes]:
         raise RuntimeError(f"policy {rule.policy.name} broke its own lanes")
@@ -374,7 +468,8 @@ def _by_row(by_lane: IntArray) -> IntArray:
     return flat
 
 
-def _positions(query_start: IntArray, seq_lens: IntArray) -> IntArray:
+def positions_of(query_start: IntArray, seq_lens: IntArray) -> IntArray:
+    """Position of each token of a step in its request."""
     lengths = np.diff(query_start)
     last = np.repeat(seq_lens - query_start[1:], lengths)
     positions: IntArray = last + np.arange(query_start[-1])

@@ -29,14 +29,14 @@ from kvserve.engine.devices import hardware
 from kvserve.engine.devices.cpu_operators import fused_gates
 from kvserve.engine.scheduling.usage import WorkerUsage
 from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
+from kvserve.engine.start.layers import check_layers
 from kvserve.engine.start.options import check_platform
 from kvserve.engine.start.support import (
-    check_layers,
     page_format_of,
     rule_of,
     scratch_of,
 )
-from kvserve.engine.worker.backend import HeadPagedMetadataBuilder
+from kvserve.engine.worker.backend import HeadPagedBackend, HeadPagedMetadataBuilder
 from kvserve.engine.worker.compiled_code import (
     allow_compilation,
     let_compiled_code_load,
@@ -104,6 +104,8 @@ class HeadPagedWorker(Worker):
         check_layers(self.vllm_config, layers)
         first = next(iter(layers))
         for name, layer in layers.items():
+            # Layers that see chunks have made one of their own, which cuts requests.
+            layer.attn_backend = HeadPagedBackend
             if name != first:
                 # Sharing is how layers bind to one tensor and one metadata object.
                 layer.kv_sharing_target_layer_name = first
@@ -154,7 +156,7 @@ class HeadPagedWorker(Worker):
         _keep_on_host(self.model_runner.input_batch.block_table)
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
-        self._builder.prepare_selection(next(iter(layers)).kv_cache)
+        self._builder.remember_tokens(next(iter(layers)).kv_cache)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         new = scheduler_output.scheduled_new_reqs

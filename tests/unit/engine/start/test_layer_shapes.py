@@ -10,12 +10,13 @@ import pytest
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from kvserve.engine.start import support
-from kvserve.engine.start.support import check_layers
+from kvserve.engine.start import layers as model_layers
+from kvserve.engine.start.layers import check_layers
 from kvserve.errors import UserError
-from policies.base import ModelShape
+from policies.base import Local, ModelShape
 
 LAYERS, QUERY, KV, SIZE = 3, 8, 4, 64
+LONGEST = 512
 PLANNED = "3 layers, 8 query heads, 4 KV heads, 64 numbers a head"
 
 
@@ -40,7 +41,7 @@ def attention(**changed: Any) -> Attention:
 def refusal(layers: list[Attention], ranks: int = 1) -> str | None:
     """What is said of a model with such layers on a rank; ``None``: it is served."""
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(model="some/model"),
+        model_config=SimpleNamespace(model="some/model", max_model_len=LONGEST),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
@@ -63,8 +64,58 @@ def assert_refused(layers: list[Attention], told: str) -> None:
 
 @pytest.fixture(autouse=True)
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = ModelShape("model", LAYERS, QUERY, KV, SIZE)
-    monkeypatch.setattr(support, "model_shape_of", lambda _: shape)
+    plan(monkeypatch)
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, *local: Local | None) -> None:
+    shape = ModelShape("model", LAYERS, QUERY, KV, SIZE, local=local)
+    monkeypatch.setattr(model_layers, "model_shape_of", lambda _: shape)
+
+
+WINDOW, CHUNK = Local(128), Local(96, is_chunk=True)
+SLIDES, IN_CHUNKS = attention(sliding_window=128), attention(attention_chunk_size=96)
+
+
+def test_windows_and_chunks_as_planned_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan(monkeypatch, WINDOW, None, CHUNK)
+    assert refusal([SLIDES, attention(), IN_CHUNKS]) is None
+
+
+def test_a_window_that_no_request_outgrows_is_everything() -> None:
+    assert refusal([attention(sliding_window=LONGEST)] * LAYERS) is None
+
+
+@pytest.mark.parametrize(
+    ("local", "layers", "told"),
+    [
+        (
+            (),
+            [attention(), SLIDES, attention()],
+            "1 sees everything, but it sees a win",
+        ),
+        ((WINDOW, None, None), [attention()] * 3, "0 sees a window of 128 tokens, but"),
+        (
+            (WINDOW, Local(129), None),
+            [SLIDES, SLIDES, attention()],
+            "1 sees a window of 129 tokens, but it sees a window of 128 tokens; ",
+        ),
+        (
+            (WINDOW, CHUNK, None),
+            [SLIDES, SLIDES, attention()],
+            "1 sees a chunk of 96 tokens, but it sees a window of 128 tokens; ",
+        ),
+    ],
+)
+def test_what_layers_see_must_be_what_was_planned(
+    monkeypatch: pytest.MonkeyPatch,
+    local: tuple[Local | None, ...],
+    layers: list[Attention],
+    told: str,
+) -> None:
+    plan(monkeypatch, *local)
+    assert_refused(layers, f"MODEL some/model: by its configuration layer {told}")
 
 
 def test_layers_as_planned_are_served() -> None:
@@ -123,7 +174,6 @@ def test_what_a_configuration_does_not_tell_is_refused(
         ([], "no attention"),
         ([attention(), attention(num_kv_heads=2), attention()], "unequal"),
         ([attention(head_size_v=32)] * LAYERS, "unequal"),
-        ([attention(sliding_window=128)] * LAYERS, "built-in sliding-window"),
         ([attention(kv_sharing_target_layer_name="a")] * LAYERS, "KV-sharing"),
         (
             [attention(attn_type=AttentionType.ENCODER_ONLY)] * LAYERS,

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's layers are: as its configuration tells, and as they are once loaded.
+
+Pages are planned by the configuration, in every process alike; the worker compares it
+with the layers. What this version cannot serve is refused in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
+
+from kvserve.errors import UserError
+from policies.base import Local, ModelShape
+
+_WAY_OUT = "serve it with stock vLLM (`--policy none`)"
+_DENSE_EVERY = "dense_attention_every_n_layers"
+_KNOWN = {"full_attention", "attention", "sliding_attention", "chunked_attention"}
+_SEES_ONE_MORE = {"cohere2"}
+"""Model types whose window of ``n`` is ``n`` tokens beside the query's own."""
+
+
+def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
+    """Read the shape of the model that a config names, whatever ranks share it."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_kv_heads, head_size = _cached_heads(model)
+    return ModelShape(
+        name=Path(model.model).name,
+        num_layers=model.get_num_layers(parallel),
+        num_query_heads=model.model_arch_config.total_num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        max_tokens=model.max_model_len,
+        pattern=_declared_pattern(model.hf_text_config),
+        local=_local_layers(model, model.get_num_layers(parallel)),
+    )
+
+
+def _local_layers(model: ModelConfig, layers: int) -> tuple[Local | None, ...]:
+    """What the queries of each layer see; empty if all of them see everything."""
+    text, longest = model.hf_text_config, model.max_model_len
+    window, chunk = model.get_sliding_window(), model.attention_chunk_size
+    if getattr(text, "model_type", None) in _SEES_ONE_MORE and window:
+        window += 1
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        # Qwen2-like configs name a window that `use_sliding_window` switches off.
+        slides = window and getattr(text, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * layers
+    by_kind = {
+        "sliding_attention": Local(window) if window else None,
+        "chunked_attention": Local(chunk, is_chunk=True) if chunk else None,
+    }
+    local = tuple(_reached(by_kind.get(kind), longest) for kind in kinds[:layers])
+    return local if any(local) else ()
+
+
+def _reached(local: Local | None, longest: int) -> Local | None:
+    """What no request outgrows is everything."""
+    return local if local and local.tokens < longest else None
+
+
+def _cached_heads(model: ModelConfig) -> tuple[int, int]:
+    """KV heads that layers cache, and their size; :func:`check_layers` compares both.
+
+    A model that compresses keys to a latent vector, but whose layers are no MLA
+    (MiniCPM3), caches keys of every query head, whatever heads its config names.
+    """
+    text = model.hf_text_config
+    if getattr(text, "kv_lora_rank", None) and not model.use_mla:
+        heads = model.model_arch_config.total_num_attention_heads
+        return heads, text.qk_nope_head_dim + text.qk_rope_head_dim
+    return model.get_total_num_kv_heads(), model.get_head_size()
+
+
+def _declared_pattern(text_config: Any) -> tuple[tuple[str, Any], ...]:
+    """Entries by which a configuration declares block-sparse attention."""
+    entries = text_config.to_dict().items()
+    return tuple(
+        sorted(
+            (name, value)
+            for name, value in entries
+            if name.startswith("blocksparse_") or name == _DENSE_EVERY
+        )
+    )
+
+
+def check_model(vllm_config: VllmConfig) -> None:
+    """Refuse, by its configuration alone, a model that cannot be paged per head.
+
+    Raises:
+        UserError: names the model, what it has and the way out.
+    """
+    model = vllm_config.model_config
+    kinds = {
+        "MLA": model.use_mla,
+        "Mamba or linear-attention": model.is_hybrid or model.is_attention_free,
+        "encoder-decoder": model.is_encoder_decoder,
+        "pooling": model.runner_type != "generate",
+    }
+    for kind, present in kinds.items():
+        if present:
+            raise _unsupported(model.model, kind)
+    for kind in getattr(model.hf_text_config, "layer_types", None) or []:
+        if kind not in _KNOWN:
+            raise _unsupported(model.model, kind)
+
+
+def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> None:
+    """Refuse a loaded model with layers that head pages cannot hold.
+
+    The backstop of :func:`check_model` for what a configuration does not tell.
+
+    Raises:
+        UserError: names the model, the layer's kind and the way out.
+    """
+    name = vllm_config.model_config.model
+    context = vllm_config.compilation_config.static_forward_context
+    for layer_name, layer in context.items():
+        is_other = isinstance(layer, AttentionLayerBase)
+        if is_other and layer_name not in layers:
+            raise _unsupported(name, type(layer).__name__)
+    if not layers:
+        raise _unsupported(name, "no attention")
+    for layer in layers.values():
+        if layer.attn_type != AttentionType.DECODER:
+            raise _unsupported(
+                name, f"{AttentionType(layer.attn_type).value} attention"
+            )
+        if layer.kv_sharing_target_layer_name is not None:
+            raise _unsupported(name, "KV-sharing")
+    shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
+    if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
+        raise _unsupported(name, "unequal")
+    _check_shape(vllm_config, len(layers), *shapes.pop())
+    _check_local(vllm_config, [*layers.values()])
+
+
+def _check_shape(
+    vllm_config: VllmConfig, layers: int, query_heads: int, kv_heads: int, size: int
+) -> None:
+    """Refuse layers that are not those for which pages were planned."""
+    model = model_shape_of(vllm_config)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    planned = (
+        model.num_layers,
+        model.num_query_heads // ranks,
+        max(model.num_kv_heads // ranks, 1),
+        model.head_size,
+    )
+    found = layers, query_heads, kv_heads, size
+    if found != planned:
+        names = "layers", "query heads", "KV heads", "numbers a head"
+        told, has = (
+            ", ".join(f"{count} {name}" for count, name in zip(one, names, strict=True))
+            for one in (planned, found)
+        )
+        raise UserError(
+            f"MODEL {vllm_config.model_config.model}: its configuration tells of "
+            f"{told}, but it has {has}; {_WAY_OUT}"
+        )
+
+
+def _check_local(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:
+    """Refuse layers that see something else than what was planned."""
+    model, longest = vllm_config.model_config, vllm_config.model_config.max_model_len
+    planned = model_shape_of(vllm_config).local or (None,) * len(layers)
+    for place, (layer, told) in enumerate(zip(layers, planned, strict=True)):
+        chunk = getattr(layer, "attention_chunk_size", None)
+        sees = Local(chunk, is_chunk=True) if chunk else None
+        if layer.sliding_window is not None:
+            sees = Local(layer.sliding_window)
+        if _reached(sees, longest) != told:
+            raise UserError(
+                f"MODEL {model.model}: by its configuration layer {place} sees "
+                f"{told or 'everything'}, but it sees {sees or 'everything'}; "
+                f"{_WAY_OUT}"
+            )
+
+
+def _unsupported(model: str, kind: str) -> UserError:
+    return UserError(
+        f"MODEL {model}: has {kind} layers, which kvserve cannot page per head; "
+        f"{_WAY_OUT}"
+    )
