@@ -261,6 +261,40 @@ _WORKER = [
     ),
 ]
 
+_STATES = [
+    Relied(
+        "vllm.model_executor.layers.mamba.abstract.MambaBase",
+        "a layer that keeps a state; vLLM's own code serves it",
+        ("get_kv_cache_spec(vllm_config)", "bind_kv_cache(kv_cache)"),
+    ),
+    Relied(
+        "vllm.model_executor.models.ModelRegistry",
+        "finds the class of a model, which tells the shapes of its states: "
+        "get_mamba_state_shape_from_config, get_mamba_state_dtype_from_config",
+        ("resolve_model_cls(architectures, model_config)",),
+    ),
+    Relied(
+        "vllm.v1.kv_cache_interface.MambaSpec",
+        "shape of a state; a request has one block of it, found in its block table",
+        ("page_size_padded", "page_size_bytes"),
+    ),
+    Relied(
+        "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
+        "layers with one block table; states are groups behind that of head pages",
+        ("(layer_names, kv_cache_spec)",),
+    ),
+    Relied(
+        "vllm.v1.core.kv_cache_utils.get_kv_cache_config_from_groups",
+        "how states lie in the bytes that are set aside for them",
+        ("(vllm_config, kv_cache_groups, available_memory)",),
+    ),
+    Relied(
+        "vllm.v1.worker.utils.allocate_kv_cache",
+        "sets them aside; the runner does it for head pages alone",
+        ("(kv_cache_config, device, layout)",),
+    ),
+]
+
 _SERVER = [
     Relied(
         "vllm.v1.engine.utils",
@@ -282,7 +316,7 @@ _SERVER = [
 
 _REPLACED = [
     Relied(
-        "vllm.v1.worker.block_table.MultiGroupBlockTable",
+        "vllm.v1.worker.block_table.BlockTable",
         "its instance's method is replaced: nobody reads page lists on the device",
         ("commit_block_table(num_reqs)",),
     ),
@@ -320,5 +354,5 @@ _REPLACED = [
 ]
 """Not imported: what the API server's instances have, by the class that we know."""
 
-BORDER = [*_SCHEDULING, *_WORKER, *_SERVER]
+BORDER = [*_SCHEDULING, *_WORKER, *_STATES, *_SERVER]
 REPLACED = _REPLACED

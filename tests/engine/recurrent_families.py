@@ -36,6 +36,7 @@ RECURRENT = [
         "falcon_h1",
         shape(**_MAMBA2, mamba_d_ssm=256),
         ("full", "mamba2") * 4,
+        served=True,
     ),
     Family(
         "granite4",
@@ -50,6 +51,7 @@ RECURRENT = [
             layer_types=["mamba", "attention", "mamba", "attention"],
         ),
         ("mamba2", "full") * 2,
+        served=True,
     ),
     Family(
         "nemotron-h",
@@ -65,6 +67,7 @@ RECURRENT = [
             chunk_size=64,
         ),
         ("mamba2", "full") * 2,
+        served=True,
     ),
     Family(
         "lfm2",
@@ -77,6 +80,7 @@ RECURRENT = [
             tie_word_embeddings=True,
         ),
         ("short_conv", "full") * 2,
+        served=True,
         steady=False,
     ),
     Family(
@@ -94,6 +98,7 @@ RECURRENT = [
             layer_types=[LINEAR, LINEAR, LINEAR, FULL],
         ),
         ("gdn_attn",) * 3 + ("full",),
+        served=True,
         dtype="bfloat16",
     ),
     Family(

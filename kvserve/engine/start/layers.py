@@ -7,6 +7,7 @@ with the layers. What this version cannot serve is refused in one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.models import ModelRegistry
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionType
 
 from kvserve.errors import UserError
@@ -21,43 +25,83 @@ from policies.base import Local, ModelShape
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
 _DENSE_EVERY = "dense_attention_every_n_layers"
-_KNOWN = {"full_attention", "attention", "sliding_attention", "chunked_attention"}
+_KNOWN = {
+    "full_attention",
+    "attention",
+    "hybrid",  # a state beside it
+    "sliding_attention",
+    "chunked_attention",
+}
+_STATELESS = (_KNOWN | {"mlp", "moe"}) - {"hybrid"}
+_SLIDES = "use_sliding_window"
 _SEES_ONE_MORE = {"cohere2"}
 """Model types whose window of ``n`` is ``n`` tokens beside the query's own."""
 
 
 def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
     """Read the shape of the model that a config names, whatever ranks share it."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     num_kv_heads, head_size = _cached_heads(model)
     return ModelShape(
         name=Path(model.model).name,
-        num_layers=model.get_num_layers(parallel),
+        num_layers=len(_kinds(vllm_config)),
         num_query_heads=model.model_arch_config.total_num_attention_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
-        local=_local_layers(model, model.get_num_layers(parallel)),
+        local=_local_layers(model, _kinds(vllm_config)),
     )
 
 
-def _local_layers(model: ModelConfig, layers: int) -> tuple[Local | None, ...]:
+def state_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of the slots for states that are set aside, one a request and one more."""
+    model = vllm_config.model_config
+    if not model.is_hybrid:
+        return 0
+    found, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    model_class: Any = found
+    shapes = model_class.get_mamba_state_shape_from_config(vllm_config)
+    dtypes = model_class.get_mamba_state_dtype_from_config(vllm_config)
+    of_layer: int = sum(
+        math.prod(shape) * get_dtype_size(dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    layers = sum(kind not in _STATELESS for kind in _all_kinds(vllm_config))
+    return (vllm_config.scheduler_config.max_num_seqs + 1) * layers * of_layer
+
+
+def _kinds(vllm_config: VllmConfig) -> list[str]:
+    """Name the kind of each layer that caches tokens: others keep states at most."""
+    kinds = _all_kinds(vllm_config)
+    is_hybrid = vllm_config.model_config.is_hybrid
+    return [kind for kind in kinds if kind in _KNOWN] if is_hybrid else kinds
+
+
+def _all_kinds(vllm_config: VllmConfig) -> list[str]:
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    layers = model.get_num_layers(vllm_config.parallel_config)
+    kinds = getattr(text, "layers_block_type", None)
+    kinds = kinds or getattr(text, "layer_types", None)
+    if kinds is None:
+        # Qwen2-like configs name a window that `use_sliding_window` switches off.
+        slides = model.get_sliding_window() and getattr(text, _SLIDES, True)
+        return ["sliding_attention" if slides else "full_attention"] * layers
+    return list(kinds[:layers])
+
+
+def _local_layers(model: ModelConfig, kinds: list[str]) -> tuple[Local | None, ...]:
     """What the queries of each layer see; empty if all of them see everything."""
     text, longest = model.hf_text_config, model.max_model_len
     window, chunk = model.get_sliding_window(), model.attention_chunk_size
     if getattr(text, "model_type", None) in _SEES_ONE_MORE and window:
         window += 1
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        # Qwen2-like configs name a window that `use_sliding_window` switches off.
-        slides = window and getattr(text, "use_sliding_window", True)
-        kinds = ["sliding_attention" if slides else "full_attention"] * layers
     by_kind = {
         "sliding_attention": Local(window) if window else None,
         "chunked_attention": Local(chunk, is_chunk=True) if chunk else None,
     }
-    local = tuple(_reached(by_kind.get(kind), longest) for kind in kinds[:layers])
+    local = tuple(_reached(by_kind.get(kind), longest) for kind in kinds)
     return local if any(local) else ()
 
 
@@ -100,16 +144,21 @@ def check_model(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     kinds = {
         "MLA": model.use_mla,
-        "Mamba or linear-attention": model.is_hybrid or model.is_attention_free,
+        "no attention": model.is_attention_free,
         "encoder-decoder": model.is_encoder_decoder,
         "pooling": model.runner_type != "generate",
     }
     for kind, present in kinds.items():
         if present:
             raise _unsupported(model.model, kind)
-    for kind in getattr(model.hf_text_config, "layer_types", None) or []:
+    for kind in _kinds(vllm_config):
         if kind not in _KNOWN:
             raise _unsupported(model.model, kind)
+    if model.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
+        raise UserError(
+            f"--enable-prefix-caching: MODEL {model.model} keeps states beside its "
+            "cache, which nobody can start with; leave the flag out"
+        )
 
 
 def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> None:
@@ -124,7 +173,8 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
     context = vllm_config.compilation_config.static_forward_context
     for layer_name, layer in context.items():
         is_other = isinstance(layer, AttentionLayerBase)
-        if is_other and layer_name not in layers:
+        keeps_states = isinstance(layer, MambaBase)
+        if is_other and not keeps_states and layer_name not in layers:
             raise _unsupported(name, type(layer).__name__)
     if not layers:
         raise _unsupported(name, "no attention")
@@ -182,6 +232,16 @@ def _check_local(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:
                 f"{told or 'everything'}, but it sees {sees or 'everything'}; "
                 f"{_WAY_OUT}"
             )
+
+
+def check_states(vllm_config: VllmConfig, found: int) -> None:
+    """Refuse states that take other than the ``found`` bytes that were planned."""
+    planned = state_bytes(vllm_config)
+    if found != planned:
+        raise UserError(
+            f"MODEL {vllm_config.model_config.model}: its configuration tells of "
+            f"states of {planned} bytes, but they have {found}; {_WAY_OUT}"
+        )
 
 
 def _unsupported(model: str, kind: str) -> UserError:

@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.start.compiler import check_compiler
-from kvserve.engine.start.layers import check_model, model_shape_of
+from kvserve.engine.start.layers import check_model, model_shape_of, state_bytes
 from kvserve.engine.start.support import (
     check_batch,
     fits,
@@ -107,7 +107,8 @@ def page_bytes_of(config: VllmConfig) -> int:
 def pool_pages(config: VllmConfig, size: int) -> int:
     """Pages that requests can have of a pool of ``size`` bytes."""
     # One page less: vLLM's block 0 is never given out.
-    return size // page_bytes_of(config) - scratch_of(config, rule_of(config)) - 1
+    pages = (size - state_bytes(config)) // page_bytes_of(config)
+    return pages - scratch_of(config, rule_of(config)) - 1
 
 
 def what_fits(config: VllmConfig, pool: int) -> str:
@@ -149,10 +150,15 @@ def check_pool(config: VllmConfig, rule: Rule) -> None:
         why = "under `full`, which --allow-request-policies lets it name"
     # One page more: vLLM's block 0 is never given out.
     pages = most + scratch_of(config, rule) + 1
-    needed = pages * page_bytes_of(config)
+    states = state_bytes(config)
+    needed = pages * page_bytes_of(config) + states
     if size < needed:
+        beside, or_fewer = "", ""
+        if states:
+            beside = f", {states} of them for states of --max-num-seqs"
+            or_fewer = ", lower --max-num-seqs"
         raise UserError(
             f"--kv-cache-memory-bytes={size}: one request of --max-model-len={length} "
-            f"needs {needed} bytes ({format_bytes(needed)}) {why}; give more memory or "
-            "lower --max-model-len"
+            f"needs {needed} bytes ({format_bytes(needed)}{beside}) {why}; give more "
+            f"memory{or_fewer} or lower --max-model-len"
         )

@@ -29,7 +29,7 @@ from kvserve.engine.devices import hardware
 from kvserve.engine.devices.cpu_operators import fused_gates
 from kvserve.engine.scheduling.usage import WorkerUsage
 from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
-from kvserve.engine.start.layers import check_layers
+from kvserve.engine.start.layers import check_layers, check_states
 from kvserve.engine.start.options import check_platform
 from kvserve.engine.start.support import (
     page_format_of,
@@ -41,6 +41,7 @@ from kvserve.engine.worker.compiled_code import (
     allow_compilation,
     let_compiled_code_load,
 )
+from kvserve.engine.worker.states import States, state_specs
 from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
 from kvserve.plan.request_policies import rule_of_request
@@ -89,6 +90,8 @@ class HeadPagedWorker(Worker):
 
     _builder: HeadPagedMetadataBuilder
     _rule: Rule
+    _states: States
+    _page_size: int
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         enter(Phase.LOADING)
@@ -98,6 +101,7 @@ class HeadPagedWorker(Worker):
                 "VLLM_USE_V2_MODEL_RUNNER: policies need vLLM's V1 model runner; set 0"
             )
         self._rule = rule_of(self.vllm_config)
+        self._page_size = self.vllm_config.cache_config.block_size
         with _attention_backend(_BACKEND, self.vllm_config.attention_config):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
@@ -122,18 +126,25 @@ class HeadPagedWorker(Worker):
         return runner
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return self._head_paged(super().get_kv_cache_spec())
+        # vLLM makes pages as long as a state, if there are any, once layers are there.
+        self.vllm_config.cache_config.block_size = self._page_size
+        specs = super().get_kv_cache_spec()
+        most_requests = self.vllm_config.scheduler_config.max_num_seqs
+        self._states = States(state_specs(specs), most_requests)
+        check_states(self.vllm_config, self._states.num_bytes)
+        return self._head_paged(specs)
 
     def _head_paged(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
         """Replace the first layer's spec, which all layers share, by ours."""
-        first, spec = next(iter(specs.items()))
+        layers, rule = self._attention_layers(), self._rule
+        first, spec = next(one for one in specs.items() if one[0] in layers)
         if isinstance(spec, HeadPagedSpec):
             return specs
-        layer, rule = self._attention_layers()[first], self._rule
+        layer = layers[first]
         page: dict[str, Any] = {
             "rule": rule,
             "num_scratch_pages": scratch_of(self.vllm_config, rule),
-            "block_size": spec.block_size,
+            "block_size": self._page_size,
             "num_kv_heads": 1,
             "head_size": layer.head_size,
             "dtype": layer.kv_cache_torch_dtype,
@@ -145,15 +156,16 @@ class HeadPagedWorker(Worker):
 
     def determine_available_memory(self) -> int:
         enter(Phase.WARMING)
-        return super().determine_available_memory()
+        return super().determine_available_memory() - self._states.num_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         enter(Phase.OPENING)
-        super().initialize_from_config(kv_cache_config)
+        self._states.allocate_with(self.model_runner, self.vllm_config)
+        super().initialize_from_config(self._states.added_to(kv_cache_config))
         (group,) = self.model_runner.attn_groups[0]
         self._builder = cast(HeadPagedMetadataBuilder, group.get_metadata_builder())
         self._builder.attach(self.model_runner.input_batch)
-        _keep_on_host(self.model_runner.input_batch.block_table)
+        _keep_on_host(self.model_runner.input_batch.block_table[0])
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
         self._builder.remember_tokens(next(iter(layers)).kv_cache)
@@ -169,6 +181,7 @@ class HeadPagedWorker(Worker):
             lengths = _lengths(request)
             named = rule_of_request(self._rule, request.sampling_params, sum(lengths))
             tables.expect(request.req_id, *lengths, named)
+        self._states.schedule(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._builder.settle()
         return output
