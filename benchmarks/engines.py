@@ -29,6 +29,7 @@ from kvserve import LLM
 from kvserve.evaluation.model import shape_of
 from kvserve.models import resolve_model
 from kvserve.processor import default_dtype
+from kvserve.profiling.fast import profile_arguments
 from policies.budgets import PolicySpec
 
 STOCK, WEIGHTS = "none", "weights"
@@ -44,8 +45,11 @@ def start_engine(
         chosen |= dict(pair.split("=", 1) for pair in own.split(",") if pair)
     else:
         text, _, stored = name.partition("@")
-        spec = PolicySpec.parse(text)
-        arguments = spec.arguments(tokens, shape_of(resolve_model(model)))
+        path = resolve_model(model)
+        needed = profile_arguments(text, {}, path, make=True)
+        spec = PolicySpec.parse(text, needed)
+        shape = shape_of(path).up_to(options["max_model_len"])
+        arguments = spec.arguments(tokens, shape)
         chosen = {"policy": spec.name, "policy_args": arguments}
         chosen["kv_cache_dtype"] = stored or "auto"
     return LLM(model, **{**chosen, **options})

@@ -89,6 +89,17 @@ class ModelShape:
             all_layers=self.num_layers,
         )
 
+    def up_to(self, tokens: int) -> ModelShape:
+        """The model of a server whose longest request has so many tokens.
+
+        A window or chunk that no request outgrows is everything.
+        """
+        local = tuple(
+            one if one and one.tokens < tokens else None for one in self.local
+        )
+        local = local if any(local) else ()
+        return dataclasses.replace(self, max_tokens=tokens, local=local)
+
     def own(self, by_layer: Sequence[T]) -> Sequence[T]:
         """Pick what belongs to these layers of something for each of the model's."""
         if self.chosen is None or len(by_layer) != self.all_layers:

@@ -154,11 +154,16 @@ class PolicySpec:
     def arguments(self, length: int, model: ModelShape) -> Arguments:
         """Parameters of the policy for requests of ``length`` tokens.
 
+        A budget is of the layers that a policy decides on; where there are none, it
+        says nothing.
+
         Raises:
             UserError: the policy cannot have this budget, or serve this model.
         """
         given: Arguments = {**dict(self.from_file), **dict(self.own)}
-        arguments = given
+        arguments, model = given, model.open
+        if not model.num_layers:
+            return given
         if self.budget is not None:
             share = self.budget.share_of(length)
             try:

@@ -227,13 +227,13 @@ def _find(
     runner = Runner(work.assignments, store)
     length = work.assignments[-1].length
     contenders: list[Contender] = [PolicyContender(PolicySpec.parse(REFERENCE), engine)]
-    spec.with_share(1.0).arguments(length, work.model.shape)
+    spec.with_share(1.0).arguments(length, engine.shape)
     runner.run(contenders)
 
     def measure(share: float) -> Probe | None:
         asked = spec.with_share(share)
         try:
-            asked.arguments(length, work.model.shape)
+            asked.arguments(length, engine.shape)
         except UserError:
             return None
         contenders.append(PolicyContender(asked, engine))
@@ -252,7 +252,7 @@ def _find(
         print(f"\nNo budget below the full cache keeps {args.find_budget:.1%} of it.")
         return 1
     chosen = spec.with_share(best.share)
-    arguments = chosen.arguments(length, work.model.shape)
+    arguments = chosen.arguments(length, engine.shape)
     print(
         f"\n{chosen.text} keeps {best.of_full:.1%} of the full score with "
         f"{best.held:.1%} of its KV memory. Serve it:\n"

@@ -10,6 +10,7 @@ from kvserve.errors import UserError
 from kvserve.evaluation.backend import AT_ONCE, Backend
 from kvserve.evaluation.model import EvaluatedModel
 from kvserve.evaluation.remote import Server, ServerBackend
+from policies.base import ModelShape
 from policies.budgets import PAGE, Arguments, PolicySpec
 
 _MOST_MEMORY = 4 << 30
@@ -33,6 +34,11 @@ class LocalEngine:
     longest: int
     kv_memory: int | None = None
     kv_cache_dtype: str = "auto"
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model as the engine sees it, which takes no longer requests."""
+        return self.model.shape.up_to(self.longest)
 
     def pool(self) -> int:
         if self.kv_memory is not None:
@@ -59,7 +65,7 @@ class PolicyContender:
 
     def arguments(self, length: int) -> Arguments:
         """The policy's parameters, of which a budget may depend on the length."""
-        return self.spec.arguments(length, self.engine.model.shape)
+        return self.spec.arguments(length, self.engine.shape)
 
     def open(self, arguments: Arguments) -> Backend:
         from kvserve.evaluation.engine import EngineBackend

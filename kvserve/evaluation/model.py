@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.engine.arg_utils import EngineArgs
+
+from kvserve.engine.start.layers import model_shape_of
 from kvserve.errors import UserError
 from kvserve.models import resolve_model
 from policies.base import ModelShape
@@ -58,7 +61,7 @@ def load_model(model: str | None) -> EvaluatedModel:
     files = Path(path).glob("*.safetensors")
     return EvaluatedModel(
         path,
-        shape_of(path, config),
+        shape_of(path),
         int(getattr(config, "max_position_embeddings", 0) or 1 << 20),
         tokenizer,
         sum(file.stat().st_size for file in files),
@@ -75,17 +78,16 @@ def read_config(path: str) -> Any:
         raise _unreadable(path, error) from None
 
 
-def shape_of(path: str, config: Any = None) -> ModelShape:
-    """Read layers and heads from a model's configuration."""
-    config = config or read_config(path)
-    heads = config.num_attention_heads
-    return ModelShape(
-        Path(path).name,
-        config.num_hidden_layers,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+def shape_of(path: str) -> ModelShape:
+    """Read layers and heads of a model, as an engine would plan for them.
+
+    Raises:
+        UserError: no engine can be configured for it.
+    """
+    try:
+        return model_shape_of(EngineArgs(model=path).create_engine_config())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: str, error: Exception) -> UserError:

@@ -107,8 +107,9 @@ class InfluenceProbe(PromptAttention):
 
     Prompts are a multiple of 64 tokens long.
     ``curves[layer]`` has shape ``[H_kv, blocks]``: the first-order change of the loss
-    for each window, its sign kept under ``joint``. It is complete after the backward
-    pass. Attention matrices are made one tile of one head at a time.
+    for each window, its sign kept under ``joint``; zeros of a layer that has a window
+    of its own. It is complete after the backward pass. Attention matrices are made one
+    tile of one head at a time.
     """
 
     name = "kvserve_influence"
@@ -138,6 +139,9 @@ class InfluenceProbe(PromptAttention):
             query[0], key[0], value[0], scale, self, layer
         )
         return output[None]
+
+    def pass_over(self, layer: int, key: Tensor) -> None:
+        self.curves[layer] = torch.zeros(key.shape[1], key.shape[2] // BLOCK)
 
 
 class _ProbedAttention(torch.autograd.Function):
@@ -214,13 +218,13 @@ def measure_influence(
         recital: A prompt and its reply, a multiple of 64 tokens.
         seed: Draws the tokens that take the answers' places in the loss.
     """
+    probe.curves.clear()
     tokens = torch.tensor([recital.token_ids], device=model.device)
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
     log_probs = answer_log_probs(model, recital, inputs)
     generator = torch.Generator().manual_seed(seed)
     reply = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
     loss = -log_probs.gather(1, reply.to(model.device)).sum()
-    probe.curves.clear()
     loss.backward()  # type: ignore[no-untyped-call]
     curves = torch.stack([probe.curves[layer] for layer in sorted(probe.curves)])
     if probe.changes is hidden_jointly:

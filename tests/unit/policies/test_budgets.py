@@ -12,7 +12,7 @@ import pytest
 from kvserve.errors import UserError
 from kvserve.plan.dense import DenseRule
 from kvserve.plan.streaming import StreamRule
-from policies.base import DensePolicy, ModelShape, StreamingPolicy
+from policies.base import DensePolicy, Local, ModelShape, StreamingPolicy
 from policies.budgets import (
     RULES,
     Budget,
@@ -203,3 +203,16 @@ def test_a_malformed_policy_is_refused(text: str, message: str) -> None:
 def test_no_policy_gets_more_than_its_share_of_whole_pages() -> None:
     assert arguments_for("snapkv", 0.3, 1000, SHAPE) == {"capacity": 288}
     assert arguments_for("sink-recent", 0.3, 1000, SHAPE)["recent"] == 256
+
+
+def test_a_budget_is_of_the_layers_whose_queries_see_everything(
+    tmp_path: Path,
+) -> None:
+    own = (Local(512),) * 5 + (None,)
+    shape = ModelShape("gemma", 18, 4, 1, 256, local=own * 3)
+    gates = tmp_path / "gates.tsv"
+    gates.write_text("1.0\n" * 18)
+    spec = PolicySpec.parse(f"retrieval:budget=0.5,profile={gates}")
+    expected = {"full_ratio": 0.3333, "sinks": 32, "recent": 480}
+    assert spec.arguments(2048, shape) == {"profile": str(gates), **expected}
+    assert spec.arguments(512, shape.up_to(512))["full_ratio"] == round(4 / 18, 4)

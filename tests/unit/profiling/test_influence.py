@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from kvserve.profiling.influence import (
     BLOCK,
@@ -156,3 +157,36 @@ def test_a_window_of_everything_costs_nothing() -> None:
     found = measure_influence(model, probe, recital(), seed=5)
     assert found.shape == (LAYERS, KV_HEADS, BLOCKS)
     assert not found[..., BLOCKS - 1].any()
+
+
+@pytest.mark.parametrize("window", [BLOCK + 3, TOKENS])
+def test_a_layer_with_a_window_of_its_own_attends_as_it_does(window: int) -> None:
+    model = tiny_gemma(window)
+    tokens = torch.arange(TOKENS)[None] * 7 % 100
+    with torch.no_grad():
+        expected = model(tokens).logits
+    probe = InfluenceProbe("joint")
+    probe.attach(model)
+    recital = Recital(tokens[0].tolist(), tuple(range(TOKENS - 8, TOKENS)))
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    windowed, full = measure_influence(model, probe, recital, seed=0)
+    assert windowed.any() == (window == TOKENS)
+    assert full.any()
+
+
+def tiny_gemma(window: int) -> Gemma3ForCausalLM:
+    """A layer that sees ``window`` tokens, then one that sees everything."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.4,
+    )
+    return Gemma3ForCausalLM(config).eval()
