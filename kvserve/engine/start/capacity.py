@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 
 from vllm.config import VllmConfig
 
@@ -15,6 +16,7 @@ from kvserve.engine.start.arguments import (
     add_request_policies,
     choose_policy,
 )
+from kvserve.engine.start.layers import model_shape_of, state_bytes, state_layers
 from kvserve.engine.start.options import engine_options
 from kvserve.engine.start.preflight import (
     check_start,
@@ -22,7 +24,12 @@ from kvserve.engine.start.preflight import (
     policy_in_words,
     pool_pages,
 )
-from kvserve.engine.start.support import fits, rule_of, scratch_of
+from kvserve.engine.start.support import (
+    fits,
+    full_scratch_of,
+    rule_of,
+    scratch_of,
+)
 from kvserve.errors import UserError
 from kvserve.models import add_model, resolve_model
 from kvserve.processor import settle_dtype
@@ -87,6 +94,7 @@ def plan(argv: list[str]) -> int:
             f"{policies[0]}:{args.policy_arg[0]}"
         )
     configs = [_check(args, policy, model, memory) for policy in policies]
+    print(f"kvserve: {layers_in_words(configs[0])}", file=sys.stderr)
     if len(configs) == 1:
         print(_report(configs[0], memory, args.max_num_seqs))
     else:
@@ -130,17 +138,18 @@ def _comparison(configs: list[VllmConfig], memory: int) -> str:
     heads = [f"{name:>{width}}" for name, width in zip(names, widths, strict=True)]
     page = page_bytes_of(configs[0])
     lines = [
-        f"pool {format_bytes(memory)}: KV a request, share of the full cache, "
-        "requests that fit",
+        f"pool {format_bytes(memory)}{_states(configs[0])}: KV a request, share of the "
+        "full cache, requests that fit",
         "",
         "  ".join([f"{'tokens':>8}", f"{'full cache':>18}", *heads]),
     ]
     rules = [rule_of(config) for config in configs]
     pools = [pool_pages(config, memory) for config in configs]
+    full_pool = _full_pool(configs[0], memory)
     for length in _lengths(configs[0].model_config.max_model_len):
         full = rules[0].full.pages(length)
-        fit = (memory // page - 1) // full
-        cells = [f"{length:>8}", f"{format_bytes(full * page):>10} {fit:>7}"]
+        fits_full = full_pool // full
+        cells = [f"{length:>8}", f"{format_bytes(full * page):>10} {fits_full:>7}"]
         for config, rule, pool, width in zip(
             configs, rules, pools, widths, strict=True
         ):
@@ -158,12 +167,12 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     full, scratch = ours.full, scratch_of(config, ours)
     page = page_bytes_of(config)
     pool = pool_pages(config, memory)
-    full_pool = pool + scratch
+    full_pool = _full_pool(config, memory)
     ranks = config.parallel_config.tensor_parallel_size
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     lines = [
         f"pool {format_bytes(memory)}{each} of {format_bytes(page)} pages; "
-        f"{format_bytes(scratch * page)} of it is scratch for prefill",
+        f"{format_bytes(scratch * page)} of it is scratch for prefill{_states(config)}",
         "",
         f"{'tokens':>8} {'KV a request':>14} {'full cache':>12} {'kept':>7} "
         f"{'requests fit':>13} {'full fits':>10} {'gain':>6}",
@@ -188,6 +197,32 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
             f"full cache already holds all {max_requests} requests of --max-num-seqs.",
         ]
     return "\n".join(lines)
+
+
+def layers_in_words(config: VllmConfig) -> str:
+    """Say what the model's layers are, and what their queries see."""
+    shape, keep_states = model_shape_of(config), state_layers(config)
+    kinds = Counter(str(one or "everything") for one in shape.local)
+    kinds = kinds or Counter(everything=shape.num_layers)
+    seen = [f"{count} see {kind}" for kind, count in sorted(kinds.items())]
+    seen += [f"{keep_states} layers keep a state"] if keep_states else []
+    return (
+        f"model {shape.name}: {shape.num_layers} layers of {shape.num_kv_heads} KV "
+        f"heads of {shape.head_size} numbers, {', '.join(seen)}"
+    )
+
+
+def _states(config: VllmConfig) -> str:
+    """Say what of a pool is for states, if anything."""
+    size, most = state_bytes(config), config.scheduler_config.max_num_seqs
+    return f", {format_bytes(size)} states of {most} requests" if size else ""
+
+
+def _full_pool(config: VllmConfig, memory: int) -> int:
+    """Pages that requests with a full cache could have of ``memory`` bytes."""
+    rule = rule_of(config)
+    everything = pool_pages(config, memory) + scratch_of(config, rule)
+    return everything - full_scratch_of(config, rule)
 
 
 def _lengths(longest: int) -> list[int]:

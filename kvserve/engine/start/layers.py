@@ -67,8 +67,15 @@ def state_bytes(vllm_config: VllmConfig) -> int:
         math.prod(shape) * get_dtype_size(dtype)
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
-    layers = sum(kind not in _STATELESS for kind in _all_kinds(vllm_config))
-    return (vllm_config.scheduler_config.max_num_seqs + 1) * layers * of_layer
+    slots = vllm_config.scheduler_config.max_num_seqs + 1
+    return slots * state_layers(vllm_config) * of_layer
+
+
+def state_layers(vllm_config: VllmConfig) -> int:
+    """Count the layers that keep a state, beside a cache of tokens or instead."""
+    if not vllm_config.model_config.is_hybrid:
+        return 0
+    return sum(kind not in _STATELESS for kind in _all_kinds(vllm_config))
 
 
 def _kinds(vllm_config: VllmConfig) -> list[str]:

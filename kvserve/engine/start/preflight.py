@@ -23,6 +23,7 @@ from kvserve.engine.start.layers import check_model, model_shape_of, state_bytes
 from kvserve.engine.start.support import (
     check_batch,
     fits,
+    full_scratch_of,
     page_format_of,
     rule_of,
     scratch_of,
@@ -118,13 +119,14 @@ def what_fits(config: VllmConfig, pool: int) -> str:
         pool: pages that requests can have.
     """
     rule, longest = rule_of(config), config.model_config.max_model_len
-    full_pool = pool + scratch_of(config, rule)
+    everything = pool + scratch_of(config, rule)
+    full_pool = everything - full_scratch_of(config, rule)
     found = [
         f"{fits(rule, length, pool)} requests of {length} tokens"
         f" (full cache: {full_pool // rule.full.pages(length)})"
         for length in (longest // 4, longest)
     ]
-    size = format_bytes((full_pool + 1) * page_bytes_of(config))
+    size = format_bytes((everything + 1) * page_bytes_of(config))
     return f"{size} hold {', or '.join(found)}"
 
 

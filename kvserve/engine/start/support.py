@@ -13,6 +13,7 @@ from kvserve.engine.start.layers import model_shape_of
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
 from kvserve.plan.rule import Rule, rule_under
+from kvserve.plan.streaming import scratch_pages
 from policies.base import ModelShape, Policy
 from policies.budgets import PolicySpec
 from policies.files import follows_files
@@ -87,6 +88,16 @@ def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     """Pages that prefill needs beside what requests hold."""
     scheduler = vllm_config.scheduler_config
     return rule.scratch_pages(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+
+
+def full_scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
+    """Pages that prefill would need if requests kept a full cache."""
+    scheduler = vllm_config.scheduler_config
+    if rule.is_shared:
+        return 0
+    return scratch_pages(
+        rule.full, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    )
 
 
 def fits(rule: Rule, tokens: int, pool: int) -> int:
