@@ -49,9 +49,12 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
 
     def markdown(self) -> str:
+        return f"### {self.title}\n\n{self.body()}"
+
+    def body(self) -> str:
+        """The table without its title."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"### {self.title}\n\n{body}\n"
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @dataclass
