@@ -57,6 +57,8 @@ class ModelShape:
     ``local`` says of each layer what its queries may see, or is empty if that is
     everything in all of them. A policy decides on the others alone: it is given
     :attr:`open`, whose layers are number ``chosen`` of the model's ``all_layers``.
+    Layers are those with a cache of their own; ``reread`` are the ones whose cache
+    further layers read too.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelShape:
     local: tuple[Local | None, ...] = ()
     chosen: tuple[int, ...] | None = None
     all_layers: int = 0
+    reread: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:

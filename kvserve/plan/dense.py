@@ -328,7 +328,7 @@ def _full(model: ModelShape, page_size: int, max_tokens: int, stride: int) -> Pa
         local=model.local,
         num_kv_heads=model.num_kv_heads,
     )
-    return replace(plan, stride=stride)
+    return replace(plan, stride=stride, reread=model.reread)
 
 
 @follows_files

@@ -99,6 +99,8 @@ class PagePlan:
     of a turn of ``stride`` that stays for good. Of ``ranks`` ranks each owns as many
     heads of a layer, in order. Lanes whose pages are shared recycle none. ``local``
     says of each layer what its queries may see, or is empty if that is everything.
+    ``reread`` are layers whose lanes later layers read: what waits in scratch waits
+    longer there.
     Plans are hashable and travel from the worker to the scheduler inside the KV cache
     spec.
     """
@@ -111,6 +113,7 @@ class PagePlan:
     ranks: int = 1
     is_shared: bool = False
     local: tuple[Local | None, ...] = ()
+    reread: tuple[int, ...] = ()
 
     @classmethod
     def from_budgets(
@@ -191,6 +194,7 @@ class PagePlan:
                 _columns(self.shards, first, width),
                 is_shared=self.is_shared,
                 local=self.local,
+                reread=self.reread,
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -405,6 +409,7 @@ class PagePlan:
             ),
             ranks=self.ranks,
             local=self.local,
+            reread=self.reread,
         )
 
     @cached_property

@@ -135,6 +135,7 @@ def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
         model.local,
         model.num_kv_heads,
     )
+    plan = replace(plan, reread=model.reread)
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
 
 
@@ -156,8 +157,8 @@ def scratch_pages(
     """Pages that one step's prefill may need beside what requests hold.
 
     A chunk's blocks that would overwrite ring slots still needed by the chunk's own
-    early queries are kept here until attention is done. The area serves one layer at
-    a time. Of a chunk of ``t`` tokens at most ``(t - 1 + page_size - 1) // page_size``
+    early queries are kept here until attention is done. An area serves one layer at a
+    time; each layer whose lanes later ones read has an area of its own. Of a chunk of ``t`` tokens at most ``(t - 1 + page_size - 1) // page_size``
     blocks are new to it, and a chunk of one token needs none.
 
     Args:
@@ -170,7 +171,7 @@ def scratch_pages(
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks
-    return blocks * plan.heads_per_rank
+    return blocks * plan.heads_per_rank * (1 + len(plan.reread))
 
 
 def describe(plan: PagePlan) -> str:

@@ -244,6 +244,7 @@ _SHARED = [
             tie_word_embeddings=True,
         ),
         _SHARING,
+        served=True,
     ),
     Family(
         "gemma4",

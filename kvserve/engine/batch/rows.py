@@ -246,14 +246,17 @@ class _Chunks:
         return tables
 
     def _scratch_page(self, index: IntArray) -> IntArray:
-        """Scratch page of a block, ``[heads, *index.shape]``; pages 1..K are scratch.
+        """Scratch page of a block, ``[layers, heads, *index.shape]``; 1..K are scratch.
 
-        Layers run one after the other and use the same pages.
+        Layers run one after the other and use the same pages, but for layers whose
+        lanes others read later.
         """
-        heads = np.arange(self._plan.num_kv_heads)
+        plan, ones = self._plan, [1] * index.ndim
+        areas = np.zeros(plan.num_layers, dtype=np.int64)
+        areas[list(plan.reread)] = 1 + np.arange(len(plan.reread))
         stride = int(self._scratch_index[-1]) + 1
-        per_head = heads.reshape(-1, *[1] * index.ndim) * stride
-        page: IntArray = 1 + per_head + index
+        heads = np.arange(plan.num_kv_heads) + plan.num_kv_heads * areas[:, None]
+        page: IntArray = 1 + heads.reshape(*heads.shape, *ones) * stride + index
         return page
 
     def _own_pages(self, block: IntArray) -> IntArray:

@@ -51,7 +51,15 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
         local=_local_layers(model, _kinds(vllm_config)),
+        reread=_reread(vllm_config),
     )
+
+
+def _reread(vllm_config: VllmConfig) -> tuple[int, ...]:
+    """Layers whose cache the last ones read too: of each kind the last that has one."""
+    own, shared = _kinds(vllm_config), _shared_kinds(vllm_config)
+    last = {kind: layer for layer, kind in enumerate(own)}
+    return tuple(sorted({last[kind] for kind in shared if kind in last}))
 
 
 def state_bytes(vllm_config: VllmConfig) -> int:
@@ -95,7 +103,19 @@ def _all_kinds(vllm_config: VllmConfig) -> list[str]:
         # Qwen2-like configs name a window that `use_sliding_window` switches off.
         slides = model.get_sliding_window() and getattr(text, _SLIDES, True)
         return ["sliding_attention" if slides else "full_attention"] * layers
-    return list(kinds[:layers])
+    return list(kinds[: layers - _num_shared(model)])
+
+
+def _shared_kinds(vllm_config: VllmConfig) -> list[str]:
+    """Name the kind of each layer that reads an earlier one's cache."""
+    model = vllm_config.model_config
+    shared = _num_shared(model)
+    kinds = getattr(model.hf_text_config, "layer_types", None) or []
+    return list(kinds[len(kinds) - shared :]) if shared else []
+
+
+def _num_shared(model: ModelConfig) -> int:
+    return getattr(model.hf_text_config, "num_kv_shared_layers", None) or 0
 
 
 def _local_layers(model: ModelConfig, kinds: list[str]) -> tuple[Local | None, ...]:
@@ -190,13 +210,13 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _unsupported(
                 name, f"{AttentionType(layer.attn_type).value} attention"
             )
-        if layer.kv_sharing_target_layer_name is not None:
-            raise _unsupported(name, "KV-sharing")
     shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
     if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
         raise _unsupported(name, "unequal")
-    _check_shape(vllm_config, len(layers), *shapes.pop())
-    _check_local(vllm_config, [*layers.values()])
+    own = [*_with_own_cache(layers)]
+    _check_shape(vllm_config, len(own), *shapes.pop())
+    _check_local(vllm_config, [layers[name] for name in own])
+    _check_shared(vllm_config, layers)
 
 
 def _check_shape(
@@ -239,6 +259,36 @@ def _check_local(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:
                 f"{told or 'everything'}, but it sees {sees or 'everything'}; "
                 f"{_WAY_OUT}"
             )
+
+
+def _with_own_cache(layers: Mapping[str, Attention]) -> list[str]:
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.kv_sharing_target_layer_name is None
+    ]
+
+
+def _check_shared(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> None:
+    """Refuse layers that read another's cache than was planned, or see it otherwise."""
+    own, found = _with_own_cache(layers), set()
+    for place, layer in enumerate(layers.values()):
+        target = layer.kv_sharing_target_layer_name
+        if target is None:
+            continue
+        if layer.sliding_window != layers[target].sliding_window:
+            raise UserError(
+                f"MODEL {vllm_config.model_config.model}: layer {place} sees another "
+                f"window than layer {own.index(target)}, whose cache it reads; "
+                f"{_WAY_OUT}"
+            )
+        found.add(own.index(target))
+    planned = model_shape_of(vllm_config).reread
+    if found != set(planned):
+        raise UserError(
+            f"MODEL {vllm_config.model_config.model}: by its configuration layers "
+            f"{[*planned]} are read by others, but {sorted(found)} are; {_WAY_OUT}"
+        )
 
 
 def check_states(vllm_config: VllmConfig, found: int) -> None:

@@ -71,15 +71,26 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         self.group_size = num_heads // self._num_kv_heads
         self._window, self._soft_cap = sliding_window or 0, logits_soft_cap or 0.0
         self._sinks, self._slopes = sinks, alibi_slopes
+        self._layer_index, self._writes, self._is_last = 0, True, True
 
     @property
     def asks_distance(self) -> bool:
         """Whether scores follow from how far keys are."""
         return bool(self._slopes)
 
-    def bind(self, device: Device, layer_index: int, place: torch.device) -> None:
-        """Tell the layer its number and its device, once weights are loaded."""
-        self._device, self._layer_index = device, layer_index
+    def read_lanes(self, layer_index: int, writes: bool, is_last: bool) -> None:
+        """Tell a layer whose lanes it reads.
+
+        Args:
+            layer_index: among layers with a cache of their own.
+            writes: whether they are its own.
+            is_last: whether no later layer reads them.
+        """
+        self._layer_index, self._writes, self._is_last = layer_index, writes, is_last
+
+    def bind(self, device: Device, place: torch.device) -> None:
+        """Tell the layer its device, once weights are loaded."""
+        self._device = device
         sinks, slopes = self._sinks, None
         if sinks is not None:
             sinks = sinks.detach().to(place, torch.float32).contiguous()
@@ -102,7 +113,8 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         """Write this step's keys and values, attend, settle what survives.
 
         Args:
-            query: ``[tokens, H_q, D]``; ``key`` and ``value``: ``[tokens, H_kv, D]``.
+            query: ``[tokens, H_q, D]``; ``key`` and ``value``: ``[tokens, H_kv, D]``,
+                unless the layer reads another's.
             kv_cache: the pool, ``[num_pages, 1, page_size, 2 * D]``.
             output: ``[tokens, H_q, D]``, written in place.
         """
@@ -112,12 +124,13 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             return output
         meta, this = attn_metadata, self._layer_index
         tokens, width = meta.num_actual_tokens, self.head_size
-        self._write(
-            key[:tokens].reshape(-1, width),
-            value[:tokens].reshape(-1, width),
-            kv_cache,
-            meta,
-        )
+        if self._writes:
+            self._write(
+                key[:tokens].reshape(-1, width),
+                value[:tokens].reshape(-1, width),
+                kv_cache,
+                meta,
+            )
         self._device.attend(
             query[:tokens],
             kv_cache,
@@ -128,14 +141,14 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             self._form,
             meta.positions,
         )
-        if meta.copies and len(meta.copies[this][0]):
+        if self._is_last and meta.copies and len(meta.copies[this][0]):
             source, target = meta.copies[this]
             with meta.clock.compacting():
                 kv_cache[target] = kv_cache[source]
                 if meta.positions is not None:
                     cached = meta.positions.cached
                     cached[target] = cached[source]
-        if meta.selecting is not None:
+        if meta.selecting is not None and self._writes:
             asked = query[:tokens], kv_cache, self.scale, self._form
             meta.selecting.observe(this, *asked, meta.positions)
         return output

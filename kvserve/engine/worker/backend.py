@@ -132,8 +132,8 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         self._asks_distance = any(layer.asks_distance for layer in layers)
         self._cached_positions: torch.Tensor | None = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
-        for index, layer in enumerate(layers):
-            layer.bind(self.kernels, index, device)
+        for layer in layers:
+            layer.bind(self.kernels, device)
 
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""

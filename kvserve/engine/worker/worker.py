@@ -36,6 +36,7 @@ from kvserve.engine.start.support import (
     rule_of,
     scratch_of,
 )
+from kvserve.engine.worker.attention import HeadPagedAttention
 from kvserve.engine.worker.backend import HeadPagedBackend, HeadPagedMetadataBuilder
 from kvserve.engine.worker.compiled_code import (
     allow_compilation,
@@ -106,6 +107,7 @@ class HeadPagedWorker(Worker):
             super().load_model(*args, **kwargs)
         layers = self._attention_layers()
         check_layers(self.vllm_config, layers)
+        self._tell_lanes(layers)
         first = next(iter(layers))
         for name, layer in layers.items():
             # Layers that see chunks have made one of their own, which cuts requests.
@@ -113,6 +115,19 @@ class HeadPagedWorker(Worker):
             if name != first:
                 # Sharing is how layers bind to one tensor and one metadata object.
                 layer.kv_sharing_target_layer_name = first
+
+    def _tell_lanes(self, layers: dict[str, Attention]) -> None:
+        """Tell each layer which lanes it reads: its own, or those of an earlier one."""
+        targets = {
+            name: layer.kv_sharing_target_layer_name or name
+            for name, layer in layers.items()
+        }
+        own = [name for name, target in targets.items() if name == target]
+        last_reader = {target: name for name, target in targets.items()}
+        for name, target in targets.items():
+            impl = cast(HeadPagedAttention, layers[name].impl)
+            is_last = last_reader[target] == name
+            impl.read_lanes(own.index(target), name == target, is_last)
 
     def _make_model_runner(self) -> GPUModelRunner:
         runner = super()._make_model_runner()
