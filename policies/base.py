@@ -58,7 +58,9 @@ class ModelShape:
     everything in all of them. A policy decides on the others alone: it is given
     :attr:`open`, whose layers are number ``chosen`` of the model's ``all_layers``.
     Layers are those with a cache of their own; ``reread`` are the ones whose cache
-    further layers read too.
+    further layers read too. Where layers have heads of unequal number or size,
+    ``layer_heads`` says both of each; ``head_size`` is then the largest, and
+    ``num_kv_heads`` is as many as lie in pages of their own in any layer.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelShape:
     chosen: tuple[int, ...] | None = None
     all_layers: int = 0
     reread: tuple[int, ...] = ()
+    layer_heads: tuple[tuple[int, int], ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -84,9 +87,15 @@ class ModelShape:
         if not any(self.local):
             return self
         chosen = tuple(i for i, local in enumerate(self.local) if local is None)
+        heads = self.num_kv_heads, self.head_size
+        if self.layer_heads and chosen:
+            heads = self.layer_heads[chosen[0]]
         return dataclasses.replace(
             self,
             num_layers=len(chosen),
+            num_kv_heads=heads[0],
+            head_size=heads[1],
+            layer_heads=(),
             local=(),
             chosen=chosen,
             all_layers=self.num_layers,

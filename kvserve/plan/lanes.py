@@ -43,6 +43,7 @@ class Lanes:
         passing: places in the turn of its passing blocks, ``[*S, stride]``, padded.
         staying: the same of blocks that stay.
         aligned: whether the window begins at a multiple of its length, ``S``.
+        present: whether there is such a lane, ``S``: layers may have fewer than others.
     """
 
     sinks: IntArray
@@ -53,6 +54,7 @@ class Lanes:
     passing: IntArray
     staying: IntArray
     aligned: BoolArray
+    present: BoolArray
 
     @classmethod
     def make(
@@ -62,6 +64,7 @@ class Lanes:
         stays: BoolArray,
         recycles: bool = True,
         aligned: BoolArray | None = None,
+        present: BoolArray | None = None,
     ) -> Lanes:
         """Make lanes of sinks and window.
 
@@ -86,6 +89,7 @@ class Lanes:
             np.argsort(stays, axis=-1, kind="stable"),
             np.argsort(passes, axis=-1, kind="stable"),
             np.zeros(window.shape, dtype=bool) if aligned is None else aligned,
+            np.ones(window.shape, dtype=bool) if present is None else present,
         )
 
     @classmethod
@@ -125,8 +129,8 @@ class Lanes:
 
     def opens(self, block: IntArray) -> BoolArray:
         """Tell whether ``block`` gets a slot of its own instead of an older block's."""
-        stays = self._stays(block)
-        return stays | (self.passing_before(block) < self.ring[..., None])
+        opens = self._stays(block) | (self.passing_before(block) < self.ring[..., None])
+        return opens & self.present[..., None]
 
     def slot_of(self, block: IntArray) -> IntArray:
         """Slot of ``block``: itself, or the block that opened the slot."""

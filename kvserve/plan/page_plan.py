@@ -42,6 +42,7 @@ import numpy as np
 
 from kvserve.errors import UserError
 from kvserve.plan.lanes import BoolArray, IntArray, Lanes
+from kvserve.plan.layout import LayerHeads
 from policies.base import HeadBudget, Local
 
 UNBOUNDED = 1 << 40
@@ -100,7 +101,8 @@ class PagePlan:
     heads of a layer, in order. Lanes whose pages are shared recycle none. ``local``
     says of each layer what its queries may see, or is empty if that is everything.
     ``reread`` are layers whose lanes later layers read: what waits in scratch waits
-    longer there.
+    longer there. ``layout`` says how the heads of each layer make its lanes, or is
+    empty if all have lanes of their own; a layer may have fewer lanes than others.
     Plans are hashable and travel from the worker to the scheduler inside the KV cache
     spec.
     """
@@ -114,6 +116,7 @@ class PagePlan:
     is_shared: bool = False
     local: tuple[Local | None, ...] = ()
     reread: tuple[int, ...] = ()
+    layout: tuple[LayerHeads, ...] = ()
 
     @classmethod
     def from_budgets(
@@ -125,6 +128,7 @@ class PagePlan:
         shared: bool = False,
         local: tuple[Local | None, ...] = (),
         num_kv_heads: int | None = None,
+        layout: tuple[LayerHeads, ...] = (),
     ) -> PagePlan:
         """Round every budget up to whole pages.
 
@@ -134,7 +138,7 @@ class PagePlan:
 
         Args:
             budgets: of the layers that are not local, ``[layers][num_kv_heads]``.
-            num_kv_heads: to be given if there may be none.
+            num_kv_heads: to be given if there may be none; the most lanes of a layer.
         """
         num_kv_heads = num_kv_heads or len(budgets[0])
         copies = max(1, ranks // num_kv_heads)
@@ -142,11 +146,14 @@ class PagePlan:
         lanes = [
             [(0, _local_blocks(kind, page_size, max_tokens), 0)] * num_kv_heads * copies
             if kind
-            else [
-                _lane_blocks(head, page_size, max_tokens)
-                for head in next(of_open)
-                for _ in range(copies)
-            ]
+            else _padded(
+                [
+                    _lane_blocks(head, page_size, max_tokens)
+                    for head in next(of_open)
+                    for _ in range(copies)
+                ],
+                num_kv_heads * copies,
+            )
             for kind in local or (None,) * len(budgets)
         ]
         sinks, windows, shards = (
@@ -155,13 +162,29 @@ class PagePlan:
         )
         if not any(map(any, shards)):
             return cls(
-                page_size, sinks, windows, ranks=ranks, is_shared=shared, local=local
+                page_size,
+                sinks,
+                windows,
+                ranks=ranks,
+                is_shared=shared,
+                local=local,
+                layout=layout,
             )
         strides = {head.stride for layer in budgets for head in layer if head.shards}
         if len(strides) > 1:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
         stride = strides.pop()
-        return cls(page_size, sinks, windows, stride, shards, ranks, shared, local)
+        return cls(
+            page_size,
+            sinks,
+            windows,
+            stride,
+            shards,
+            ranks,
+            shared,
+            local,
+            layout=layout,
+        )
 
     @property
     def num_layers(self) -> int:
@@ -221,8 +244,16 @@ class PagePlan:
         for layer, local in enumerate(self.local):
             aligned[layer] = local is not None and local.is_chunk
         return Lanes.make(
-            sinks, windows, stays, recycles=not self.is_shared, aligned=aligned
+            sinks, windows, stays, not self.is_shared, aligned, self.present
         )
+
+    @cached_property
+    def present(self) -> BoolArray:
+        """Which lanes there are, ``[num_layers, num_kv_heads]``: all, if alike."""
+        present = np.ones((self.num_layers, self.num_kv_heads), dtype=bool)
+        for layer, heads in enumerate(self.layout):
+            present[layer, heads.num_lanes :] = False
+        return present
 
     @cached_property
     def digest(self) -> str:
@@ -391,7 +422,7 @@ class PagePlan:
         hidden = np.broadcast_to(
             self.lanes.hidden(last)[..., 0], (self.num_layers, self.num_kv_heads)
         )
-        seen: IntArray = tokens - hidden * self.page_size
+        seen: IntArray = (tokens - hidden * self.page_size) * self.present
         return seen
 
     @property
@@ -410,6 +441,7 @@ class PagePlan:
             ranks=self.ranks,
             local=self.local,
             reread=self.reread,
+            layout=self.layout,
         )
 
     @cached_property
@@ -434,6 +466,13 @@ class PagePlan:
         entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
         index: IntArray = entry + turns * self._pages_per_turn
         return index
+
+
+def _padded(
+    lanes: list[tuple[int, int, int]], width: int
+) -> list[tuple[int, int, int]]:
+    """Stand in for the lanes that a layer does not have."""
+    return lanes + [_FULL_LANE] * (width - len(lanes))
 
 
 def _columns(

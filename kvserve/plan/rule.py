@@ -320,6 +320,8 @@ def rule_under(
     """
     if ranks > 1:
         _check_ranks(policy, model, ranks)
+    if model.layer_heads:
+        _check_unequal(policy, model, ranks, in_flight, mixed)
     rule: StreamRule | DenseRule
     if isinstance(policy, DensePolicy):
         if mixed and ranks > 1:
@@ -346,6 +348,40 @@ def rule_under(
         )
     rule.plan(max_tokens)  # refuses a model that the policy cannot serve
     return MixedRule(rule, step_tokens) if mixed else rule
+
+
+def _check_unequal(
+    policy: Policy, model: ModelShape, ranks: int, in_flight: int, mixed: bool
+) -> None:
+    """Refuse what is not worked out for layers with heads of unequal number or size.
+
+    Raises:
+        UserError: names the flag and the way out.
+    """
+    has = f"layers of {model.name} have heads of unequal number or size"
+    of_open = {
+        heads
+        for heads, local in zip(model.layer_heads, model.local, strict=True)
+        if local is None
+    }
+    if len(of_open) > 1:
+        raise UserError(
+            f"MODEL {model.name}: {len(of_open)} kinds of layers that see everything "
+            "differ in their heads; serve it with stock vLLM (`--policy none`)"
+        )
+    refused = {
+        f"--tensor-parallel-size={ranks}": ranks > 1,
+        "--enable-prefix-caching": in_flight > 0,
+        "--allow-request-policies": mixed,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise UserError(f"{flag}: {has}, which cannot have it yet; leave it out")
+    if policy.capabilities.prefill == "dense":
+        raise UserError(
+            f"--policy {policy.name}: {has}, which policies that select cannot keep "
+            "yet; choose a policy of positions, such as sink-recent"
+        )
 
 
 def _no_mixing(policy: Policy, ranks: int) -> UserError:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from kvserve.errors import UserError
+from kvserve.plan.layout import layout_of
 from kvserve.plan.page_plan import PagePlan
 from policies.base import ModelShape, StreamingPolicy
 from policies.files import follows_files
@@ -134,6 +135,7 @@ def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
         rule.is_shared,
         model.local,
         model.num_kv_heads,
+        layout_of(model),
     )
     plan = replace(plan, reread=model.reread)
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
@@ -158,8 +160,9 @@ def scratch_pages(
 
     A chunk's blocks that would overwrite ring slots still needed by the chunk's own
     early queries are kept here until attention is done. An area serves one layer at a
-    time; each layer whose lanes later ones read has an area of its own. Of a chunk of ``t`` tokens at most ``(t - 1 + page_size - 1) // page_size``
-    blocks are new to it, and a chunk of one token needs none.
+    time; each layer whose lanes later ones read has an area of its own. Of a chunk of
+    ``t`` tokens at most ``(t - 1 + page_size - 1) // page_size`` blocks are new to it,
+    and a chunk of one token needs none.
 
     Args:
         max_tokens: tokens that one step may schedule.
@@ -180,11 +183,14 @@ def describe(plan: PagePlan) -> str:
     local = plan.local or (None,) * plan.num_layers
     kinds: Counter[tuple[int, int, int]] = Counter()
     seen: Counter[str] = Counter()
-    for kind, *layer in zip(local, plan.sinks, plan.windows, shards, strict=True):
+    heads = [one.kv_heads for one in plan.layout]
+    heads = heads or [plan.num_kv_heads] * plan.num_layers
+    layers = zip(local, heads, plan.sinks, plan.windows, shards, strict=True)
+    for kind, count, *lanes in layers:
         if kind:
-            seen[f"see {kind}, as the model has it"] += plan.num_kv_heads
+            seen[f"see {kind}, as the model has it"] += count
             continue
-        for sinks, window, kept in zip(*layer, strict=True):
+        for sinks, window, kept in zip(*(lane[:count] for lane in lanes), strict=True):
             kinds[sinks, window, kept.bit_count()] += 1
     parts = [
         f"{count} keep {_describe_lane(plan, *lane)}"
@@ -192,7 +198,7 @@ def describe(plan: PagePlan) -> str:
     ]
     parts += [f"{count} {kind}" for kind, count in sorted(seen.items())]
     return (
-        f"of {plan.num_lanes} KV heads {'; '.join(parts)} "
+        f"of {sum(heads)} KV heads {'; '.join(parts)} "
         f"(pages of {plan.page_size} tokens)"
     )
 

@@ -251,6 +251,8 @@ _SHARED = [
         "gemma4_text",
         {**_GEMMA4, **_PER_LAYER, "num_kv_shared_layers": 3},
         _SHARING,
+        served=True,
+        within=4e-3,
     ),
     Family(
         "gemma4-unequal",
@@ -262,6 +264,8 @@ _SHARED = [
             "hidden_size_per_layer_input": 0,
         },
         ("window 48", "window 48", "full") * 2,
+        served=True,
+        within=4e-3,
     ),
 ]
 """Layers read another layer's keys, or have heads of another size and number."""

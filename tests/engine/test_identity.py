@@ -135,7 +135,9 @@ def run(
     return engine.generate(prompts_of(model, longest), STEPS)
 
 
-def assert_identical(found: list[Reply], expected: list[Reply]) -> None:
+def assert_identical(
+    found: list[Reply], expected: list[Reply], within: float = LOGPROB_TOLERANCE
+) -> None:
     assert [reply.tokens for reply in found] == [reply.tokens for reply in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for step, (best, stock_best) in enumerate(
@@ -144,7 +146,7 @@ def assert_identical(found: list[Reply], expected: list[Reply]) -> None:
             both = best.keys() & stock_best.keys()
             assert ours.tokens[step] in both
             for token in both:
-                assert abs(best[token] - stock_best[token]) < LOGPROB_TOLERANCE
+                assert abs(best[token] - stock_best[token]) < within
 
 
 def is_tie(found: Reply, expected: Reply, exact: Reply) -> bool:

@@ -7,9 +7,11 @@ another request's, head's or layer's key, or a stale one, is caught by name.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from kvserve.engine.batch.rows import RowShapes, StepRows
+from kvserve.plan.layout import LayerHeads
 from kvserve.plan.page_plan import PagePlan
 from tests.reference.visibility import visible_positions
 from tests.unit.simulator import Batch, Request
@@ -30,7 +32,10 @@ class PoolModel:
 
     def __init__(self, plan: PagePlan, num_scratch: int) -> None:
         self._plan, self._num_scratch = plan, num_scratch
-        self._content: dict[tuple[int, int], Label] = {}
+        # By page, which of the smaller pages in it, and offset.
+        self._content: dict[tuple[int, int, int], Label] = {}
+        one = LayerHeads(plan.num_kv_heads, 1, together=False)
+        self._heads = plan.layout or (one,) * plan.num_layers
 
     def _label(self, request: Request, layer: int, head: int, position: int) -> Label:
         """What the request caches of a token."""
@@ -41,41 +46,49 @@ class PoolModel:
         for layer in range(self._plan.num_layers):
             self._write(layer, batch, step)
             self._check_reads(layer, batch, step)
+            if layer not in self._plan.reread:
+                self._copy(layer, batch, step)
+                self._check_retained(layer, batch)
+        for layer in self._plan.reread:  # by the last layers
+            self._check_reads(layer, batch, step)
             self._copy(layer, batch, step)
             self._check_retained(layer, batch)
 
     def _write(self, layer: int, batch: Batch, step: StepRows) -> None:
-        owners, heads = batch.token_owners(), self._plan.num_kv_heads
+        owners, heads = batch.token_owners(), self._heads[layer].kv_heads
         slots = step.slots[layer].tolist()
         assert len(slots) == len(owners) * heads
         assert len(set(slots)) == len(slots), "two writes collide"
         for place, slot in enumerate(slots):
             (request, position), head = owners[place // heads], place % heads
-            page, offset = divmod(slot, self._plan.page_size)
+            smaller, offset = divmod(slot, self._plan.page_size)
+            page, within = divmod(smaller, self._heads[layer].per_page)
             assert page in request.pages or 1 <= page <= self._num_scratch
             assert offset == position % self._plan.page_size
             label = self._label(request, layer, head, position)
-            self._content[page, offset] = label
+            self._content[page, within, offset] = label
 
     def _check_reads(self, layer: int, batch: Batch, step: StepRows) -> None:
         shape = self._shape(step, layer)
-        owners, heads = batch.token_owners(), self._plan.num_kv_heads
+        owners, of_layer = batch.token_owners(), self._heads[layer]
+        heads = of_layer.kv_heads
         starts = shape.query_start.tolist()
         assert starts[0] == 0
         assert starts[-1] == len(owners) * heads
         for row, seq_len in enumerate(shape.seq_lens.tolist()):
-            keys = self._keys(step.page_tables[layer][row].tolist(), seq_len)
-            token, head = self._place(starts[row], step.num_decode_tokens, len(owners))
+            keys = self._keys(layer, step.page_tables[layer][row].tolist(), seq_len)
+            counts = step.num_decode_tokens, len(owners), heads
+            token, head = self._place(starts[row], *counts)
             assert shape.first[row] == token * heads + head
             for query in range(starts[row], starts[row + 1]):
-                token, head = self._place(query, step.num_decode_tokens, len(owners))
+                token, head = self._place(query, *counts)
                 request, position = owners[token]
                 # Causal, aligned to the end: a row's queries are its last tokens.
                 seen = keys[: seq_len - (starts[row + 1] - 1 - query)]
                 expected = [
                     self._label(request, layer, head, visible)
                     for visible in visible_positions(
-                        request.plan, layer, head, position
+                        request.plan, layer, of_layer.lane_of_head[head], position
                     )
                 ]
                 assert sorted(seen) == expected
@@ -83,13 +96,16 @@ class PoolModel:
     def _shape(self, step: StepRows, layer: int) -> RowShapes:
         return step.shapes[step.shape_of_layer[layer]]
 
-    def _keys(self, pages: list[int], seq_len: int) -> list[Label]:
-        size = self._plan.page_size
-        return [self._content[pages[j // size], j % size] for j in range(seq_len)]
+    def _keys(self, layer: int, pages: list[int], seq_len: int) -> list[Label]:
+        size, per_page = self._plan.page_size, self._heads[layer].per_page
+        tokens = range(seq_len)
+        places = [(*divmod(pages[j // size], per_page), j % size) for j in tokens]
+        return [self._content[place] for place in places]
 
-    def _place(self, query: int, num_decodes: int, num_tokens: int) -> tuple[int, int]:
+    def _place(
+        self, query: int, num_decodes: int, num_tokens: int, heads: int
+    ) -> tuple[int, int]:
         """Token and head of a query: decode token-major, prefill head-major."""
-        heads = self._plan.num_kv_heads
         if query < num_decodes * heads:
             return query // heads, query % heads
         head, token = divmod(query - num_decodes * heads, num_tokens - num_decodes)
@@ -103,20 +119,21 @@ class PoolModel:
         held = [page for request in batch.requests for page in request.pages]
         assert all(1 <= page <= self._num_scratch for page in source)
         assert set(target) <= set(held)
-        for offset in range(self._plan.page_size):
-            moved = [self._content.get((page, offset)) for page in source]
+        per_page, size = self._heads[layer].per_page, self._plan.page_size
+        for place in itertools.product(range(per_page), range(size)):
+            moved = [self._content.get((page, *place)) for page in source]
             for page, label in zip(target, moved, strict=True):
                 if label is None:
-                    self._content.pop((page, offset), None)
+                    self._content.pop((page, *place), None)
                 else:
-                    self._content[page, offset] = label
+                    self._content[page, *place] = label
 
     def _check_retained(self, layer: int, batch: Batch) -> None:
         """Check that a layer's lanes hold what the plan says they retain."""
         for request, tokens in zip(batch.requests, batch.seq_lens, strict=True):
             pages = set(request.pages)
             held = {
-                label for (page, _), label in self._content.items() if page in pages
+                label for (page, *_), label in self._content.items() if page in pages
             }
             assert self._retained(layer, request, int(tokens)) <= held
 
@@ -124,7 +141,7 @@ class PoolModel:
         """What the next query will see, and what is there already."""
         return {
             self._label(request, layer, head, position)
-            for head in range(self._plan.num_kv_heads)
-            for position in visible_positions(request.plan, layer, head, tokens)
+            for head, lane in enumerate(self._heads[layer].lane_of_head)
+            for position in visible_positions(request.plan, layer, lane, tokens)
             if position < tokens
         }

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kvserve.engine.batch.page_tables import PageArray
 from kvserve.plan.lanes import IntArray
+from kvserve.plan.layout import LayerHeads
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import scratch_pages
 from policies.base import FULL, Local
@@ -83,6 +84,30 @@ def plans_of(
     kinds = st.lists(st.none() | window | chunk, min_size=layers, max_size=layers)
     local = tuple(draw(st.just([]) | kinds))
     return make_plan(page_size, lanes, stride, local)
+
+
+@st.composite
+def unequal_plans(draw: st.DrawFn) -> PagePlan:
+    """Draw a plan whose layers have heads of unequal number and size."""
+    plan = draw(plans())
+    of_layer = []
+    for layer in range(plan.num_layers):
+        local = plan.local[layer] if plan.local else None
+        per_page = draw(st.integers(1, 2))
+        lanes = draw(st.integers(1, plan.num_kv_heads))
+        heads = (
+            lanes * per_page - draw(st.integers(0, per_page - 1)) if local else lanes
+        )
+        of_layer.append(LayerHeads(heads, per_page, together=local is not None))
+    return replace(plan, layout=tuple(of_layer))
+
+
+@st.composite
+def reread_plans(draw: st.DrawFn) -> PagePlan:
+    """Draw a plan of which later layers read some layers again."""
+    plan = draw(plans() | unequal_plans())
+    layers = st.sets(st.integers(0, plan.num_layers - 1))
+    return replace(plan, reread=tuple(sorted(draw(layers))))
 
 
 @st.composite

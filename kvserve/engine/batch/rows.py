@@ -25,6 +25,8 @@ from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import PagePlan
 
 Int32Array = npt.NDArray[np.int32]
+Layers = IntArray | list[IntArray]
+"""Of each layer ``[num_layers, n]``; a list if layers have unequal heads."""
 
 
 @dataclass
@@ -54,7 +56,8 @@ class StepRows:
         shapes: the distinct lengths among the layers.
         shape_of_layer: which of ``shapes`` is a layer's, ``[num_layers]``.
         page_tables: pages of each layer's rows, ``[num_layers]`` of ``[rows, width]``.
-        slots: where each token's key and value go, ``[num_layers, tokens * H_kv]``.
+        slots: where each token's key and value go, ``[num_layers, tokens * H_kv]``,
+            or of each layer if they have unequal heads.
         copies: per layer, scratch pages and the ring pages they replace once attention
             is done; empty when there is nothing to copy.
     """
@@ -63,7 +66,7 @@ class StepRows:
     shapes: list[RowShapes]
     shape_of_layer: list[int]
     page_tables: PageArray | list[PageArray]
-    slots: IntArray
+    slots: IntArray | list[IntArray]
     copies: list[tuple[IntArray, IntArray]] = field(default_factory=list)
 
 
@@ -73,6 +76,7 @@ class RowBuilder:
     def __init__(self, plan: PagePlan, tables: PageTables) -> None:
         self._plan = plan
         self._tables = tables
+        self._layout = plan.layout
 
     def build(self, query_start: IntArray, seq_lens: IntArray) -> StepRows:
         """Build the rows of a batch whose one-token requests come first.
@@ -84,18 +88,16 @@ class RowBuilder:
         lengths = np.diff(query_start)
         longer = np.flatnonzero(lengths > 1)
         num_decodes = int(longer[0]) if longer.size else len(lengths)
-        layers, decodes = self._plan.num_layers, seq_lens[:num_decodes]
-        decode_lens = self._tables.tokens_seen(decodes).reshape(layers, -1)
-        # Kernels read slots one after the other; with one head they may be a view.
-        slots = self._tables.next_slots(decodes).reshape(layers, -1)
-        slots = np.ascontiguousarray(slots)
+        decodes = seq_lens[:num_decodes]
+        decode_lens = self._of_heads(self._tables.tokens_seen(decodes))
+        slots = self._slots_of_heads(self._tables.next_slots(decodes))
         if not longer.size:
-            return self._decode_only(decode_lens, slots)
+            return self._decode_only(num_decodes, decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
-        slots = np.concatenate([slots, np.ascontiguousarray(chunks.slots())], axis=1)
-        exemplars, shape_of_layer = _alike_layers(
-            np.concatenate([chunks.row_lengths(), decode_lens], axis=1)
-        )
+        slots = _joined(slots, self._slots_of_heads(chunks.slots()))
+        heads = [[len(self._lanes(layer))] for layer in range(self._plan.num_layers)]
+        row_lengths = _joined(np.array(heads), chunks.row_lengths())
+        exemplars, shape_of_layer = _alike_layers(_joined(row_lengths, decode_lens))
         shapes = [
             self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
         ]
@@ -108,29 +110,66 @@ class RowBuilder:
             chunks.copies(),
         )
 
-    def _decode_only(self, decode_lens: IntArray, slots: IntArray) -> StepRows:
-        rows = decode_lens.shape[1]
-        first = np.arange(rows)
-        starts = np.arange(rows + 1, dtype=np.int32)
+    def _decode_only(
+        self, num_decodes: int, decode_lens: Layers, slots: Layers
+    ) -> StepRows:
         # Lanes of unequal budgets are alike until the smaller one is full.
         exemplars, shape_of_layer = _alike_layers(decode_lens)
-        shapes = [
-            RowShapes(rows, starts, decode_lens[layer].astype(np.int32), first)
-            for layer in exemplars
-        ]
-        ordered = self._tables.ordered
-        num_decodes = rows // self._plan.num_kv_heads
-        tables = ordered[:, :num_decodes].reshape(len(ordered), rows, -1)
+        shapes = []
+        for layer in exemplars:
+            lengths = decode_lens[layer].astype(np.int32)
+            rows = len(lengths)
+            starts = np.arange(rows + 1, dtype=np.int32)
+            shapes.append(RowShapes(rows, starts, lengths, np.arange(rows)))
+        tables = self._decode_tables(num_decodes)
         return StepRows(num_decodes, shapes, shape_of_layer, tables, slots)
+
+    def _decode_tables(self, num_decodes: int) -> PageArray | list[PageArray]:
+        """Pages of each layer's decode rows."""
+        ordered = self._tables.ordered[:, :num_decodes]
+        if not self._layout:
+            return ordered.reshape(len(ordered), -1, ordered.shape[-1])
+        tables = []
+        for one, by_lane in zip(self._layout, ordered, strict=True):
+            pages = one.pages(by_lane.swapaxes(1, 2).astype(np.int64)).swapaxes(1, 2)
+            tables.append(pages.reshape(-1, pages.shape[-1]).astype(np.int32))
+        return tables
+
+    def _of_heads(self, by_lane: IntArray) -> Layers:
+        """Flatten ``[num_layers, rows, lanes]`` to kernel rows of each layer."""
+        if not self._layout:
+            return by_lane.reshape(len(by_lane), -1)
+        layers = zip(self._layout, by_lane, strict=True)
+        return [lanes[:, one.lane_of_head].ravel() for one, lanes in layers]
+
+    def _slots_of_heads(self, by_lane: IntArray) -> Layers:
+        """The same of slots, which kernels read one after the other."""
+        if not self._layout:
+            # With one head they may be a view.
+            return np.ascontiguousarray(self._of_heads(by_lane))
+        pages, places = np.divmod(by_lane, self._plan.page_size)
+        of_head = self._of_heads(places)
+        return [
+            one.pages(pages[layer]).ravel() * self._plan.page_size + of_head[layer]
+            for layer, one in enumerate(self._layout)
+        ]
+
+    def _lanes(self, layer: int) -> list[int]:
+        """The lane of each of a layer's heads."""
+        if not self._layout:
+            return [*range(self._plan.num_kv_heads)]
+        lanes: list[int] = self._layout[layer].lane_of_head.tolist()
+        return lanes
 
     def _with_prefill(
         self, decode_lens: IntArray, chunks: _Chunks, layer: int
     ) -> RowShapes:
-        decodes, heads = len(decode_lens), self._plan.num_kv_heads
+        lanes = self._lanes(layer)
+        decodes, heads = len(decode_lens), len(lanes)
         lengths, seq_lens = [np.ones_like(decode_lens)], [decode_lens]
         first = [np.arange(decodes)]
-        for head in range(heads):
-            row_lengths, row_seq_lens = chunks.rows(layer, head)
+        for head, lane in enumerate(lanes):
+            row_lengths, row_seq_lens = chunks.rows(layer, lane)
             lengths.append(row_lengths)
             seq_lens.append(row_seq_lens)
             first.append(decodes + (row_lengths.cumsum() - row_lengths) * heads + head)
@@ -143,14 +182,26 @@ class RowBuilder:
         )
 
     def _page_table(self, layer: int, chunks: _Chunks) -> PageArray:
-        first, heads = chunks.first_row, self._plan.num_kv_heads
-        width = self._tables.by_slot.shape[3]
-        decode = self._tables.ordered[layer, :first].reshape(first * heads, width)
-        parts = [chunks.page_table(layer, head) for head in range(heads)]
+        decode = self._decode_tables(chunks.first_row)[layer]
+        parts = [chunks.page_table(layer, lane) for lane in self._lanes(layer)]
+        if self._layout:
+            one = self._layout[layer]
+            places = one.place_of_head.tolist()
+            parts = [
+                part * one.per_page + place
+                for part, place in zip(parts, places, strict=True)
+            ]
         return np.concatenate([decode, *parts])
 
 
-def _alike_layers(values: IntArray) -> tuple[list[int], list[int]]:
+def _joined(first: Layers, second: Layers) -> Layers:
+    """Lay what is of each layer end to end."""
+    if isinstance(first, list) or isinstance(second, list):
+        return [np.concatenate(both) for both in zip(first, second, strict=True)]
+    return np.concatenate([first, second], axis=1)
+
+
+def _alike_layers(values: Layers) -> tuple[list[int], list[int]]:
     """Group layers of equal ``values [num_layers, ...]``.
 
     Returns:
@@ -291,18 +342,19 @@ class _Chunks:
         return np.where(same_chunk & (visible >= 0), written, own).astype(np.int32)
 
     def slots(self) -> IntArray:
-        """Slot of each prefill token and head, ``[layers, tokens * heads]``."""
+        """Slot of each prefill token and lane, ``[layers, tokens, lanes]``."""
         token_block = np.repeat(np.arange(len(self._block)), self.block_lengths)
         begin = self.block_lengths.cumsum() - self.block_lengths
         within = np.arange(len(token_block)) - begin[token_block]
         offset = self._offset[token_block] + within
         slots: IntArray
         slots = self._pages[:, :, token_block] * self._plan.page_size + offset
-        return slots.swapaxes(1, 2).reshape(self._plan.num_layers, -1)
+        return slots.swapaxes(1, 2)
 
     def copies(self) -> list[tuple[IntArray, IntArray]]:
         """Scratch pages that survive the chunk and the ring pages they go to."""
         survives = self._in_scratch & (self._is_last_of > -self._lanes.window)
+        survives &= self._lanes.present
         return [
             (self._pages[layer][survives[layer]], self._own[layer][survives[layer]])
             for layer in range(self._plan.num_layers)

@@ -50,14 +50,14 @@ class PlannedRows:
         seq_lens: keys of each row, ``[rows]``, int32.
         first: where the queries of each row behind begin, as ``RowShapes.first``.
         counts: how many they are, int32.
-        stock: what vLLM's kernel wants to know instead, where ours does not serve.
+        stock: what vLLM's kernel wants to know, where ours does not serve.
     """
 
     decodes: int
     seq_lens: torch.Tensor
     first: torch.Tensor
     counts: torch.Tensor
-    stock: StockRows | None
+    stock: StockRows
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ class CPUDevice(Device):
     def plan_rows(self, shapes: RowShapes) -> PlannedRows:
         seq_lens, decodes = torch.from_numpy(shapes.seq_lens), shapes.num_decodes
         counts = np.diff(shapes.query_start[decodes:])
-        stock = None
-        if not self._has_kernels:
-            stock = StockRows(torch.from_numpy(shapes.query_start))
+        stock = StockRows(torch.from_numpy(shapes.query_start))
         first = torch.from_numpy(shapes.first[decodes:])
         return PlannedRows(decodes, seq_lens, first, torch.from_numpy(counts), stock)
 
@@ -231,7 +229,7 @@ class CPUDevice(Device):
         form: ScoreForm | None = None,
         positions: Positions | None = None,
     ) -> None:
-        if rows.stock is not None:
+        if not self._has_kernels:
             self._attend_stock(query, pool, rows, page_table, scale, out, form)
             return
         group, width = self._group_size, self._head_size
@@ -278,7 +276,6 @@ class CPUDevice(Device):
         out: torch.Tensor,
         form: ScoreForm | None = None,
     ) -> None:
-        assert rows.stock is not None
         if form and not self.supports(form):
             raise NotImplementedError("sinks or slopes in vLLM's kernel")
         window = form.window if form and form.window else -1

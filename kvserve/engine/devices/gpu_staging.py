@@ -18,6 +18,7 @@ from kvserve.engine.devices.gpu import TritonDevice, TritonRows
 from kvserve.engine.devices.mirror import TableMirror
 from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.devices.uploads import Array, Buffer, upload, upload_all
+from kvserve.plan.lanes import IntArray
 from kvserve.plan.page_plan import blocks_of
 
 
@@ -54,8 +55,9 @@ class DeviceStaging:
         # step to step, and a graph cannot follow.
         seq_lens = np.zeros((self._layers, rows), dtype=np.int32)
         if step is not None:
-            own = step.slots.shape[1]
-            slots[:, :own] = step.slots
+            asked = _alike(step.slots)
+            own = asked.shape[1]
+            slots[:, :own] = asked
             by_layer = [step.shapes[shape].seq_lens for shape in step.shape_of_layer]
             seq_lens[:, :own] = by_layer
             longest = int(seq_lens.max(initial=1))
@@ -79,7 +81,7 @@ class DeviceStaging:
             step.num_decode_tokens,
             [prepared[shape] for shape in step.shape_of_layer],
             self.tensors([table[:, :width] for table in tables]),
-            self.tensor(step.slots),
+            self.tensor(_alike(step.slots)),
             list(pairs),
         )
 
@@ -88,3 +90,8 @@ class DeviceStaging:
 
     def tensor(self, array: Array) -> torch.Tensor:
         return upload(array, self._device)
+
+
+def _alike(slots: IntArray | list[IntArray]) -> IntArray:
+    assert not isinstance(slots, list), "layers with unequal heads are refused on GPUs"
+    return slots

@@ -26,7 +26,7 @@ class StagedRows:
     num_decode_tokens: int
     rows: list[Any]
     page_tables: torch.Tensor | list[torch.Tensor]
-    slots: torch.Tensor
+    slots: torch.Tensor | list[torch.Tensor]
     copies: Pairs = field(default_factory=list)
 
 
@@ -57,12 +57,12 @@ class HostStaging:
     def stage(self, step: StepRows | None, tokens: int) -> StagedRows:
         assert step is not None
         prepared = [self._kernels.plan_rows(shape) for shape in step.shapes]
-        tables = step.page_tables
+        tables, slots = step.page_tables, step.slots
         return StagedRows(
             step.num_decode_tokens,
             [prepared[shape] for shape in step.shape_of_layer],
             self.tensors(tables) if isinstance(tables, list) else self.tensor(tables),
-            self.tensor(step.slots),
+            self.tensors(slots) if isinstance(slots, list) else self.tensor(slots),
             [(self.tensor(source), self.tensor(to)) for source, to in step.copies],
         )
 

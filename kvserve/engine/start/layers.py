@@ -8,6 +8,7 @@ with the layers. What this version cannot serve is refused in one line.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionType
 
+from kvserve.engine.devices import hardware
 from kvserve.errors import UserError
 from policies.base import Local, ModelShape
 
@@ -42,6 +44,16 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
     """Read the shape of the model that a config names, whatever ranks share it."""
     model = vllm_config.model_config
     num_kv_heads, head_size = _cached_heads(model)
+    local = _local_layers(model, _kinds(vllm_config))
+    by_layer = _unequal_heads(vllm_config)
+    if by_layer:
+        head_size = max(size for _, size in by_layer)
+        # A window's heads share pages, see plan/layout.py; others have their own.
+        of_pages = [
+            -(-heads // (head_size // size if see else 1))
+            for (heads, size), see in zip(by_layer, _each(local, by_layer), strict=True)
+        ]
+        num_kv_heads = max(of_pages)
     return ModelShape(
         name=Path(model.model).name,
         num_layers=len(_kinds(vllm_config)),
@@ -50,9 +62,25 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         head_size=head_size,
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
-        local=_local_layers(model, _kinds(vllm_config)),
+        local=local,
         reread=_reread(vllm_config),
+        layer_heads=by_layer,
     )
+
+
+def _each(local: tuple[Local | None, ...], layers: Sequence[Any]) -> Sequence[Any]:
+    return local or (None,) * len(layers)
+
+
+def _unequal_heads(vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
+    """KV heads of each layer and their size; empty if all layers are alike."""
+    text = vllm_config.model_config.hf_text_config
+    by_layer = getattr(text, "per_layer_config", None)
+    if not by_layer:
+        return ()
+    own = by_layer[: len(_kinds(vllm_config))]
+    heads = tuple((one.num_key_value_heads, one.head_dim) for one in own)
+    return heads if len(set(heads)) > 1 else ()
 
 
 def _reread(vllm_config: VllmConfig) -> tuple[int, ...]:
@@ -181,6 +209,8 @@ def check_model(vllm_config: VllmConfig) -> None:
     for kind in _kinds(vllm_config):
         if kind not in _KNOWN:
             raise _unsupported(model.model, kind)
+    if _unequal_heads(vllm_config) and hardware.uses_triton():
+        raise _unsupported(model.model, "on GPUs, unequal")
     if model.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
         raise UserError(
             f"--enable-prefix-caching: MODEL {model.model} keeps states beside its "
@@ -210,38 +240,39 @@ def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> No
             raise _unsupported(
                 name, f"{AttentionType(layer.attn_type).value} attention"
             )
-    shapes = {(v.num_heads, v.num_kv_heads, v.head_size) for v in layers.values()}
-    if len(shapes) > 1 or any(v.head_size != v.head_size_v for v in layers.values()):
-        raise _unsupported(name, "unequal")
-    own = [*_with_own_cache(layers)]
-    _check_shape(vllm_config, len(own), *shapes.pop())
-    _check_local(vllm_config, [layers[name] for name in own])
+    if any(v.head_size != v.head_size_v for v in layers.values()):
+        raise _unsupported(name, "unequal key and value")
+    own = [layers[name] for name in _with_own_cache(layers)]
+    _check_shapes(vllm_config, own)
+    _check_local(vllm_config, own)
     _check_shared(vllm_config, layers)
 
 
-def _check_shape(
-    vllm_config: VllmConfig, layers: int, query_heads: int, kv_heads: int, size: int
-) -> None:
+def _check_shapes(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:
     """Refuse layers that are not those for which pages were planned."""
     model = model_shape_of(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    planned = (
-        model.num_layers,
-        model.num_query_heads // ranks,
-        max(model.num_kv_heads // ranks, 1),
-        model.head_size,
-    )
-    found = layers, query_heads, kv_heads, size
+    alike = (model.num_kv_heads, model.head_size)
+    planned = [
+        (model.num_query_heads // ranks, max(heads // ranks, 1), size)
+        for heads, size in model.layer_heads or (alike,) * model.num_layers
+    ]
+    found = [(one.num_heads, one.num_kv_heads, one.head_size) for one in layers]
     if found != planned:
-        names = "layers", "query heads", "KV heads", "numbers a head"
-        told, has = (
-            ", ".join(f"{count} {name}" for count, name in zip(one, names, strict=True))
-            for one in (planned, found)
-        )
         raise UserError(
             f"MODEL {vllm_config.model_config.model}: its configuration tells of "
-            f"{told}, but it has {has}; {_WAY_OUT}"
+            f"{_in_words(planned)}, but it has {_in_words(found)}; {_WAY_OUT}"
         )
+
+
+def _in_words(layers: Sequence[tuple[int, int, int]]) -> str:
+    names = "query heads", "KV heads", "numbers a head"
+    kinds = Counter(layers)
+    return " and ".join(
+        f"{count} layers, "
+        + ", ".join(f"{n} {name}" for n, name in zip(one, names, strict=True))
+        for one, count in kinds.items()
+    )
 
 
 def _check_local(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:

@@ -61,6 +61,12 @@ def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:
     asked, own = pages_hold(vllm_config), _type_of(vllm_config)
     if asked == own:
         return None
+    model = model_shape_of(vllm_config)
+    if model.layer_heads:
+        raise UserError(
+            f"--kv-cache-dtype={asked}: layers of {model.name} have heads of unequal "
+            f"number or size, whose pages hold {own} alone; leave it out"
+        )
     if asked not in FORMATS:
         raise UserError(
             f"--kv-cache-dtype={asked}: cannot hold what a model in {own} caches under "

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.cpu import Device
 from kvserve.engine.worker.selection import SelectingStep
+from kvserve.errors import UserError
 from kvserve.kernels.score_form import Positions, ScoreForm
 
 
@@ -40,7 +41,7 @@ class HeadPagedMetadata(AttentionMetadata):
     num_decode_tokens: int
     rows: list[Any]
     page_tables: torch.Tensor | list[torch.Tensor]
-    slots: torch.Tensor
+    slots: torch.Tensor | list[torch.Tensor]
     copies: list[tuple[torch.Tensor, torch.Tensor]]
     clock: Clock
     selecting: SelectingStep | None = None
@@ -72,24 +73,38 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         self._window, self._soft_cap = sliding_window or 0, logits_soft_cap or 0.0
         self._sinks, self._slopes = sinks, alibi_slopes
         self._layer_index, self._writes, self._is_last = 0, True, True
+        self._page_numbers = head_size
 
     @property
     def asks_distance(self) -> bool:
         """Whether scores follow from how far keys are."""
         return bool(self._slopes)
 
-    def read_lanes(self, layer_index: int, writes: bool, is_last: bool) -> None:
+    def read_lanes(
+        self, layer_index: int, writes: bool, is_last: bool, largest_head: int
+    ) -> None:
         """Tell a layer whose lanes it reads.
 
         Args:
             layer_index: among layers with a cache of their own.
             writes: whether they are its own.
             is_last: whether no later layer reads them.
+            largest_head: numbers of a head that a page has room for.
         """
         self._layer_index, self._writes, self._is_last = layer_index, writes, is_last
+        self._page_numbers = largest_head
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Query heads that share a KV head, and numbers of a head."""
+        return self.group_size, self.head_size
 
     def bind(self, device: Device, place: torch.device) -> None:
-        """Tell the layer its device, once weights are loaded."""
+        """Tell the layer its device, once weights are loaded.
+
+        Raises:
+            UserError: its kernels do not score as the layer does.
+        """
         self._device = device
         sinks, slopes = self._sinks, None
         if sinks is not None:
@@ -97,6 +112,12 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         if self._slopes:
             slopes = torch.tensor(self._slopes, dtype=torch.float32, device=place)
         self._form = ScoreForm(self._soft_cap, sinks, slopes, self._window)
+        if not device.supports(self._form):
+            raise UserError(
+                "MODEL: its layers have sinks or slopes, which the kernel that serves "
+                "this type, head size and processor does not take page by page; try "
+                "--dtype float32, or stock vLLM (`--policy none`)"
+            )
 
     def forward(
         self,
@@ -123,17 +144,18 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
         if attn_metadata is None:  # a profiling run
             return output
         meta, this = attn_metadata, self._layer_index
+        pages = self._pages(kv_cache)
         tokens, width = meta.num_actual_tokens, self.head_size
         if self._writes:
             self._write(
                 key[:tokens].reshape(-1, width),
                 value[:tokens].reshape(-1, width),
-                kv_cache,
+                pages,
                 meta,
             )
         self._device.attend(
             query[:tokens],
-            kv_cache,
+            pages,
             meta.rows[this],
             meta.page_tables[this],
             self.scale,
@@ -141,17 +163,31 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
             self._form,
             meta.positions,
         )
-        if self._is_last and meta.copies and len(meta.copies[this][0]):
-            source, target = meta.copies[this]
-            with meta.clock.compacting():
-                kv_cache[target] = kv_cache[source]
-                if meta.positions is not None:
-                    cached = meta.positions.cached
-                    cached[target] = cached[source]
+        if self._is_last and meta.copies:
+            self._leave_scratch(kv_cache, meta)
         if meta.selecting is not None and self._writes:
             asked = query[:tokens], kv_cache, self.scale, self._form
             meta.selecting.observe(this, *asked, meta.positions)
         return output
+
+    def _leave_scratch(self, pool: torch.Tensor, meta: HeadPagedMetadata) -> None:
+        """Move pages that wait in scratch to where they stay."""
+        source, target = meta.copies[self._layer_index]
+        if not len(source):
+            return
+        with meta.clock.compacting():
+            pool[target] = pool[source]
+            if meta.positions is not None:
+                cached = meta.positions.cached
+                cached[target] = cached[source]
+
+    def _pages(self, pool: torch.Tensor) -> torch.Tensor:
+        """View a pool for larger heads as one of this layer's, of more pages."""
+        page_size, numbers = pool.shape[2:]
+        per_page = self._page_numbers // self.head_size
+        if per_page <= 1:
+            return pool
+        return pool.view(-1, 1, page_size, numbers // per_page)
 
     def _write(
         self,

@@ -119,11 +119,13 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             rank,
         )
         self._rows = RowBuilder(kv_cache_spec.plan.of_rank(rank), self.tables)
+        dtype = cast(torch.dtype, vllm_config.model_config.dtype)
+        largest = max(layers, key=lambda layer: layer.head_size)
         self.kernels, self.staging = hardware.kernels_and_staging(
             kv_cache_spec,
             page_format_of(vllm_config),
-            cast(torch.dtype, vllm_config.model_config.dtype),
-            layers[0].group_size,
+            dtype,
+            largest.group_size,
             self.tables,
             device,
         )
@@ -132,8 +134,12 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         self._asks_distance = any(layer.asks_distance for layer in layers)
         self._cached_positions: torch.Tensor | None = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
+        by_shape = {largest.shape: self.kernels}
         for layer in layers:
-            layer.bind(self.kernels, device)
+            if layer.shape not in by_shape:
+                shape = *layer.shape, kv_cache_spec.block_size
+                by_shape[layer.shape] = hardware.cpu_kernels(None, dtype, *shape)
+            layer.bind(by_shape[layer.shape], device)
 
     def attach(self, input_batch: Any) -> None:
         """Name the runner's batch, which holds request ids and their page lists."""

@@ -123,11 +123,12 @@ class HeadPagedWorker(Worker):
             for name, layer in layers.items()
         }
         own = [name for name, target in targets.items() if name == target]
+        largest = self._rule.model.head_size
         last_reader = {target: name for name, target in targets.items()}
         for name, target in targets.items():
             impl = cast(HeadPagedAttention, layers[name].impl)
             is_last = last_reader[target] == name
-            impl.read_lanes(own.index(target), name == target, is_last)
+            impl.read_lanes(own.index(target), name == target, is_last, largest)
 
     def _make_model_runner(self) -> GPUModelRunner:
         runner = super()._make_model_runner()
@@ -161,7 +162,7 @@ class HeadPagedWorker(Worker):
             "num_scratch_pages": scratch_of(self.vllm_config, rule),
             "block_size": self._page_size,
             "num_kv_heads": 1,
-            "head_size": layer.head_size,
+            "head_size": rule.model.head_size,
             "dtype": layer.kv_cache_torch_dtype,
         }
         if page_format := page_format_of(self.vllm_config):

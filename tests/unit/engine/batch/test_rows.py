@@ -23,9 +23,11 @@ from tests.unit.simulator import (
     make_plan,
     page_lists_of,
     plans,
+    reread_plans,
     rules,
     scratch_of,
     seeds,
+    unequal_plans,
 )
 
 MAX_REQUESTS, MAX_TOKENS = 4, 40
@@ -89,6 +91,22 @@ def check_schedule(plan: PagePlan | DrawnRule, rng: Random) -> None:
 @settings(max_examples=70)
 @given(plans(), seeds())
 def test_every_query_of_any_schedule_reads_what_the_rule_says(
+    plan: PagePlan, rng: Random
+) -> None:
+    check_schedule(plan, rng)
+
+
+@settings(max_examples=50)
+@given(unequal_plans(), seeds())
+def test_layers_may_have_heads_of_unequal_number_and_size(
+    plan: PagePlan, rng: Random
+) -> None:
+    check_schedule(plan, rng)
+
+
+@settings(max_examples=50)
+@given(reread_plans(), seeds())
+def test_later_layers_may_read_what_a_layer_has_cached(
     plan: PagePlan, rng: Random
 ) -> None:
     check_schedule(plan, rng)

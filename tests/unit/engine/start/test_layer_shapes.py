@@ -67,8 +67,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
     plan(monkeypatch)
 
 
-def plan(monkeypatch: pytest.MonkeyPatch, *local: Local | None) -> None:
-    shape = ModelShape("model", LAYERS, QUERY, KV, SIZE, local=local)
+def plan(monkeypatch: pytest.MonkeyPatch, *local: Local | None, **more: Any) -> None:
+    shape = ModelShape("model", LAYERS, QUERY, KV, SIZE, local=local, **more)
     monkeypatch.setattr(model_layers, "model_shape_of", lambda _: shape)
 
 
@@ -143,6 +143,11 @@ def test_each_rank_has_its_share(ranks: int, query: int, kv: int) -> None:
             "4 layers, 8 query heads, 4 KV heads, 64 numbers a head",
         ),
         (
+            [attention(), attention(num_kv_heads=2), attention()],
+            "2 layers, 8 query heads, 4 KV heads, 64 numbers a head and "
+            "1 layers, 8 query heads, 2 KV heads, 64 numbers a head",
+        ),
+        (
             [attention(num_heads=16)] * LAYERS,
             "3 layers, 16 query heads, 4 KV heads, 64 numbers a head",
         ),
@@ -168,20 +173,41 @@ def test_what_a_configuration_does_not_tell_is_refused(
     assert_refused(layers, told)
 
 
+UNEQUAL = ((4, 64), (4, 64), (2, 128))
+
+
+def test_heads_of_unequal_number_and_size_as_planned_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan(monkeypatch, layer_heads=UNEQUAL)
+    large = attention(num_kv_heads=2, head_size=128, head_size_v=128)
+    assert refusal([attention(), attention(), large]) is None
+    assert refusal([attention()] * LAYERS) is not None
+
+
+SHARES = attention(kv_sharing_target_layer_name="layers.1")
+
+
+def test_a_layer_may_read_the_cache_that_was_planned_to_be_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [attention()] * LAYERS
+    assert_refused([*own, SHARES], "MODEL some/model: by its configuration layers []")
+    plan(monkeypatch, reread=(1,))
+    assert refusal([*own, SHARES]) is None
+    assert_refused(own, "MODEL some/model: by its configuration layers [1] are read")
+    narrow = attention(kv_sharing_target_layer_name="layers.1", sliding_window=9)
+    assert_refused([*own, narrow], "MODEL some/model: layer 3 sees another window")
+
+
 @pytest.mark.parametrize(
     ("layers", "kind"),
     [
         ([], "no attention"),
-        ([attention(), attention(num_kv_heads=2), attention()], "unequal"),
-        ([attention(head_size_v=32)] * LAYERS, "unequal"),
-        ([attention(kv_sharing_target_layer_name="a")] * LAYERS, "KV-sharing"),
+        ([attention(head_size_v=32)] * LAYERS, "unequal key and value"),
         (
             [attention(attn_type=AttentionType.ENCODER_ONLY)] * LAYERS,
             "encoder_only attention",
-        ),
-        (
-            [attention(impl=SimpleNamespace(has_bias=True))] * LAYERS,
-            "learned-sink, ALiBi or soft-capped",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
