@@ -31,8 +31,9 @@ from typing import ClassVar
 import numpy as np
 
 from kvserve.errors import UserError
+from kvserve.plan.blocks import UNBOUNDED
 from kvserve.plan.lanes import BoolArray, IntArray
-from kvserve.plan.page_plan import UNBOUNDED, PagePlan
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import NOTHING_OPEN, scratch_pages
 from policies.base import FULL, DensePolicy, Lane, Local, ModelShape
 from policies.files import follows_files
@@ -216,7 +217,7 @@ def _capacity(lane: Lane) -> int:
 
 
 def blocks_of_each(tokens: IntArray, page_size: int) -> IntArray:
-    """:func:`kvserve.plan.page_plan.blocks_of` of each element."""
+    """:func:`kvserve.plan.blocks.blocks_of` of each element."""
     blocks: IntArray = -(-tokens // page_size)
     return blocks
 

@@ -41,54 +41,12 @@ from functools import cached_property
 import numpy as np
 
 from kvserve.errors import UserError
+from kvserve.plan.blocks import blocks_of, lanes_of
 from kvserve.plan.lanes import BoolArray, IntArray, Lanes
 from kvserve.plan.layout import LayerHeads
 from policies.base import HeadBudget, Local
 
-UNBOUNDED = 1 << 40
-"""Capacity, in tokens, of a lane that never evicts."""
-
-
-def blocks_of(tokens: int, page_size: int) -> int:
-    """Number of blocks that ``tokens`` tokens touch."""
-    return -(-tokens // page_size)
-
-
-_FULL_LANE = (0, 0, 0)
 _NOTHING: IntArray = np.zeros(0, dtype=np.int64)
-
-
-def _lane_blocks(
-    head: HeadBudget, page_size: int, max_tokens: int | None
-) -> tuple[int, int, int]:
-    """Sinks and window of one lane in blocks, and a bit for each of its shards."""
-    if head.recent is None or len(head.shards) == head.stride:
-        return _FULL_LANE
-    if head.recent < 1 or (head.sinks < 1 and not head.shards):
-        raise UserError(
-            "--policy: a bounded head keeps at least one sink page and one recent "
-            f"page, not {head.sinks} + {head.recent} tokens"
-        )
-    sinks = blocks_of(head.sinks, page_size)
-    window = blocks_of(head.recent, page_size)
-    if max_tokens is not None and sinks + window >= blocks_of(max_tokens, page_size):
-        return _FULL_LANE
-    return sinks, window, sum(1 << place for place in head.shards)
-
-
-def _local_blocks(local: Local, page_size: int, max_tokens: int | None) -> int:
-    """Blocks that a query of a local layer may see, 0 if that is all of a request."""
-    if local.is_chunk:
-        if local.tokens % page_size:
-            raise UserError(
-                f"MODEL: a chunk of {local.tokens} tokens is no whole number of pages "
-                f"of {page_size}; serve it with stock vLLM (`--policy none`)"
-            )
-        window = local.tokens // page_size
-    else:
-        window = blocks_of(local.tokens - 1, page_size) + 1
-    fits = max_tokens is not None and window >= blocks_of(max_tokens, page_size)
-    return 0 if fits else window
 
 
 @dataclass(frozen=True)
@@ -142,20 +100,7 @@ class PagePlan:
         """
         num_kv_heads = num_kv_heads or len(budgets[0])
         copies = max(1, ranks // num_kv_heads)
-        of_open = iter(budgets)
-        lanes = [
-            [(0, _local_blocks(kind, page_size, max_tokens), 0)] * num_kv_heads * copies
-            if kind
-            else _padded(
-                [
-                    _lane_blocks(head, page_size, max_tokens)
-                    for head in next(of_open)
-                    for _ in range(copies)
-                ],
-                num_kv_heads * copies,
-            )
-            for kind in local or (None,) * len(budgets)
-        ]
+        lanes = lanes_of(budgets, page_size, max_tokens, copies, local, num_kv_heads)
         sinks, windows, shards = (
             tuple(tuple(lane[part] for lane in layer) for layer in lanes)
             for part in range(3)
@@ -466,13 +411,6 @@ class PagePlan:
         entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
         index: IntArray = entry + turns * self._pages_per_turn
         return index
-
-
-def _padded(
-    lanes: list[tuple[int, int, int]], width: int
-) -> list[tuple[int, int, int]]:
-    """Stand in for the lanes that a layer does not have."""
-    return lanes + [_FULL_LANE] * (width - len(lanes))
 
 
 def _columns(

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvserve.engine.batch.settled import SettledRows
+from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan
 from kvserve.plan.lanes import IntArray, Lanes
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.rule import RequestPlan, Rule
 
 PageArray = npt.NDArray[np.int32]

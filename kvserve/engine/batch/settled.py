@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvserve.plan.blocks import UNBOUNDED
 from kvserve.plan.dense import DensePlan, blocks_of_each
 from kvserve.plan.lanes import BoolArray, IntArray
-from kvserve.plan.page_plan import UNBOUNDED
 
 
 class SettledRows:

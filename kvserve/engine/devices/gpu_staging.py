@@ -18,8 +18,8 @@ from kvserve.engine.devices.gpu import TritonDevice, TritonRows
 from kvserve.engine.devices.mirror import TableMirror
 from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.devices.uploads import Array, Buffer, upload, upload_all
+from kvserve.plan.blocks import blocks_of
 from kvserve.plan.lanes import IntArray
-from kvserve.plan.page_plan import blocks_of
 
 
 class DeviceStaging:

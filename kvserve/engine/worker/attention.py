@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 )
 
 from kvserve.engine.clock import Clock
-from kvserve.engine.devices.cpu import Device
+from kvserve.engine.devices.device import Device
 from kvserve.engine.worker.selection import SelectingStep
 from kvserve.errors import UserError
 from kvserve.kernels.score_form import Positions, ScoreForm

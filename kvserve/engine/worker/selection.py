@@ -16,14 +16,21 @@ import torch
 
 from kvserve.engine.batch.page_tables import PageArray, PageTables
 from kvserve.engine.clock import Clock
-from kvserve.engine.devices.cpu import Device
+from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.staging import StagedRows, Staging
+from kvserve.engine.worker.survivors import (
+    LastPages,
+    Reader,
+    Survivors,
+    keep_last,
+    select,
+)
 from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
+from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan
 from kvserve.plan.lanes import BoolArray, IntArray
-from kvserve.plan.page_plan import blocks_of
-from policies.base import Prompt, Selection
+from policies.base import Prompt
 
 
 @dataclass
@@ -47,63 +54,6 @@ class TokenState:
         """
         mass = torch.zeros(position.shape, device=pool.device) if weighs else None
         return cls(position, mass)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A request that reads its prompt in this step.
-
-    Attributes:
-        plan: its page plan.
-        tokens: tokens ``[first, last)`` of the step that are its chunk.
-        length: tokens of its prompt that are cached when the step is done.
-        pages: its pages, ``[num_layers, num_kv_heads, blocks]``, of layers that are not
-            local.
-        local: the others, when the prompt is read: what they see of its end.
-        kept: the front of its page list, to which survivors move.
-    """
-
-    request_id: str
-    plan: DensePlan
-    tokens: slice
-    length: int
-    pages: torch.Tensor
-    local: dict[int, LastPages]
-    kept: PageArray
-
-    @property
-    def is_done(self) -> bool:
-        return self.length == self.plan.prompt_tokens
-
-
-@dataclass(frozen=True)
-class LastPages:
-    """Where a layer has the last tokens of a prompt.
-
-    Attributes:
-        pages: ``[num_kv_heads, blocks]``.
-        skip: tokens of the first page that are not among them.
-        keep: how many they are.
-    """
-
-    pages: torch.Tensor
-    skip: int
-    keep: int
-
-
-@dataclass(frozen=True)
-class Survivors:
-    """What one layer of a request keeps, to be written when all layers are done.
-
-    ``keys``, ``values`` ``[n, d]``, of the pool's type, ``positions`` and ``mass``
-    ``[n]`` are lane after lane.
-    """
-
-    selection: Selection
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    mass: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -375,7 +325,7 @@ class SelectingStep:
         """Gather a chunk's statistics; after the last one, select what survives."""
         if layer in self.selector.tables.local_layers:
             if reader.is_done:
-                kept = self._keep_last(kv_cache, reader, reader.local[layer])
+                kept = keep_last(self.selector.kernels, kv_cache, reader, layer)
                 self._survivors.setdefault(reader.request_id, []).append(kept)
             return
         mass = self.selector.state.mass if reader.plan.rule.weighs else None
@@ -404,62 +354,8 @@ class SelectingStep:
                 form.sink_logits,
                 form.alibi_slopes,
             )
-            kept = _select(reader, layer, prompt, keys, values)
+            kept = select(reader, layer, prompt, keys, values)
             self._survivors.setdefault(reader.request_id, []).append(kept)
-
-    def _keep_last(
-        self, kv_cache: torch.Tensor, reader: Reader, last: LastPages
-    ) -> Survivors:
-        """Gather what a local layer sees of the end of a prompt."""
-        kernels, heads = self.selector.kernels, len(last.pages)
-        of_them = slice(last.skip, last.skip + last.keep)
-        keys = kernels.read_keys(kv_cache, last.pages).flatten(1, 2)[:, of_them]
-        values = kernels.read_values(kv_cache, last.pages).flatten(1, 2)[:, of_them]
-        first = reader.plan.prompt_tokens - last.keep
-        positions = torch.arange(
-            first, reader.plan.prompt_tokens, device=last.pages.device
-        )
-        weighs = reader.plan.rule.weighs
-        return Survivors(
-            Selection([*range(heads)], [positions] * heads),
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            positions.repeat(heads),
-            torch.zeros(heads * last.keep, device=keys.device) if weighs else None,
-        )
-
-
-def _select(
-    reader: Reader,
-    layer: int,
-    prompt: Prompt,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> Survivors:
-    """Let the policy select from a prompt, and gather what it keeps.
-
-    Args:
-        keys, values: as they are cached, ``[H_kv, n, d]``.
-    """
-    rule, lanes, mass = reader.plan.rule, reader.plan.lanes[layer], prompt.mass
-    model = rule.model.open
-    own = layer if model.chosen is None else model.chosen.index(layer)
-    chosen = rule.policy.select(model, own, prompt, lanes)
-    lane_heads = list(zip(chosen.head_of_lane, chosen.positions, strict=True))
-    if [len(kept) for _, kept in lane_heads] != [lane.keep for lane in lanes]:
-        raise RuntimeError(f"policy {rule.policy.name} broke its own lanes")
-
-    def gather(source: torch.Tensor) -> torch.Tensor:
-        rows = [source[head].index_select(0, kept) for head, kept in lane_heads]
-        return torch.cat(rows)
-
-    return Survivors(
-        chosen,
-        gather(keys),
-        gather(values),
-        torch.cat(chosen.positions),
-        None if mass is None else gather(mass),
-    )
 
 
 def _by_row(by_lane: IntArray) -> IntArray:

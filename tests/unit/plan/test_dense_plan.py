@@ -6,8 +6,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan, DenseRule
-from kvserve.plan.page_plan import blocks_of
 from policies.base import Lane, ModelShape
 from policies.snapkv import SnapKV
 

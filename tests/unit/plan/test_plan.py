@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvserve.errors import UserError
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.blocks import blocks_of
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import StreamRule, describe, scratch_pages
 from policies.base import (
     FULL,

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.blocks import blocks_of
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.prefix import PrefixPages
 from kvserve.plan.streaming import scratch_pages
 from tests.reference.visibility import stays, visible_blocks

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.engine.batch.page_tables import PageTables
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.blocks import blocks_of
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import scratch_pages
 from policies.base import FULL, HeadBudget
 from tests.reference.visibility import held_positions, slots, visible_blocks

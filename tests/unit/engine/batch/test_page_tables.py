@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.engine.batch.page_tables import PageArray, PageTables
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.blocks import blocks_of
+from kvserve.plan.page_plan import PagePlan
 from tests.reference.visibility import slots, visible_blocks
 from tests.unit.simulator import (
     FULL_LANE,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 
 from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.batch.rows import RowBuilder, StepRows
-from kvserve.plan.page_plan import PagePlan, blocks_of
+from kvserve.plan.blocks import blocks_of
+from kvserve.plan.page_plan import PagePlan
 from tests.unit.simulator import (
     FULL_LANE,
     Batch,
