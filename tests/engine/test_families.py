@@ -21,7 +21,19 @@ PROMPTS = random_prompts([17, 100, 311, 600], VOCAB, seed=1)
 """Shorter than every window and longer; the last is read in two chunks."""
 
 
-SERVED = [family for family in FAMILIES if family.served]
+_ALIKE = {
+    *("llama", "qwen3", "gpt2", "falcon", "olmo3", "exaone4", "mimo-v2"),
+    *("falcon-alibi", "granite4", "nemotron-h", "gemma4"),
+}
+"""Families whose layers are of kinds that others show as well: they take their turn
+where all tests run."""
+SERVED = [
+    pytest.param(
+        family, marks=pytest.mark.slow if family.name in _ALIKE else (), id=str(family)
+    )
+    for family in FAMILIES
+    if family.served
+]
 REFUSED = [family for family in FAMILIES if not family.served]
 
 
@@ -79,7 +91,7 @@ def test_what_is_not_served_is_refused_in_one_line(
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("family", SERVED, ids=str)
+@pytest.mark.parametrize("family", SERVED)
 def test_full_is_stock_vllm(
     engines: EngineSlot, tmp_path: Path, family: Family
 ) -> None:
@@ -91,7 +103,8 @@ def test_full_is_stock_vllm(
 
 
 @pytest.mark.parametrize(
-    "family", [family for family in SERVED if family.name.startswith("gemma")], ids=str
+    "family",
+    [row for row in SERVED if row.id and row.id.startswith("gemma")],
 )
 def test_a_window_beside_those_of_the_model_depends_on_no_chunk(
     engines: EngineSlot, tmp_path: Path, family: Family
