@@ -205,10 +205,15 @@ def layers_in_words(config: VllmConfig) -> str:
     kinds = Counter(str(one or "everything") for one in shape.local)
     kinds = kinds or Counter(everything=shape.num_layers)
     seen = [f"{count} see {kind}" for kind, count in sorted(kinds.items())]
+    seen += [f"{len(shape.reread)} are read by further layers"] if shape.reread else []
     seen += [f"{keep_states} layers keep a state"] if keep_states else []
+    alike = ((shape.num_kv_heads, shape.head_size),)
+    heads = " or ".join(
+        f"{count} KV heads of {size} numbers"
+        for count, size in sorted(set(shape.layer_heads or alike))
+    )
     return (
-        f"model {shape.name}: {shape.num_layers} layers of {shape.num_kv_heads} KV "
-        f"heads of {shape.head_size} numbers, {', '.join(seen)}"
+        f"model {shape.name}: {shape.num_layers} layers of {heads}, {', '.join(seen)}"
     )
 
 
