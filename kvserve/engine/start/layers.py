@@ -79,7 +79,11 @@ def _unequal_heads(vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
     if not by_layer:
         return ()
     own = by_layer[: len(_kinds(vllm_config))]
-    heads = tuple((one.num_key_value_heads, one.head_dim) for one in own)
+    # Models of equal layers may call these otherwise, or leave them out.
+    heads = tuple(
+        (getattr(one, "num_key_value_heads", 0), getattr(one, "head_dim", 0))
+        for one in own
+    )
     return heads if len(set(heads)) > 1 else ()
 
 
