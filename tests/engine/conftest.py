@@ -15,7 +15,23 @@ import pytest
 from policies.base import FULL, HeadBudget, ModelShape, StreamingPolicy
 from policies.registry import create_policy
 from tests.engine.harness import PAGE, EngineSlot, write_profile
-from tests.reference.models import GQA, LATENT, LONG, MHA, MQA, WINDOW, TinyLlama
+from tests.reference.models import (
+    ALIBI,
+    CAP,
+    CHUNK,
+    GQA,
+    LATENT,
+    LONG,
+    MHA,
+    MIXED,
+    MQA,
+    SINKS,
+    WINDOW,
+    TinyLlama,
+)
+
+SCORING = (SINKS, CAP, ALIBI, CHUNK, MIXED)
+"""Their scores are not only products, or their layers see chunks."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +90,11 @@ def _sound_books(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Random models by name, and the embedded one."""
+    from tests.reference.score_llama import register
+
+    register()
     directory = tmp_path_factory.mktemp("models")
-    tiny = (MHA, GQA, MQA, LATENT, LONG, WINDOW)
+    tiny = (MHA, GQA, MQA, LATENT, LONG, WINDOW, *SCORING)
     found = {one.name: tiny_model(one, directory) for one in tiny}
     return found | {"smollm2": _embedded(directory)}
 

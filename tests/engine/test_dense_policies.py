@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvserve.errors import UserError
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, EngineSlot, random_prompts
 from tests.engine.test_oracle import TOLERANCE, relative_error
@@ -44,6 +45,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heterogeneous, bounded": ("heterogeneous", {**_TASK, "bounded_tail": True}),
 }
 CASES = pytest.mark.parametrize("case", ARGUMENTS)
+SCORING = ["tiny-sinks", "tiny-cap", "tiny-alibi", "tiny-mixed"]
 
 
 def reference_of(case: str, model: Model) -> Reference:
@@ -78,6 +80,8 @@ def reference_of(case: str, model: Model) -> Reference:
         *(("tiny-mqa", list(RUNS)[2], case) for case in ("snapkv", "h2o")),
         ("tiny-mqa", list(RUNS)[2], "heterogeneous"),
         *itertools.product(["tiny-window"], list(RUNS)[1:], ARGUMENTS),
+        *itertools.product(SCORING, [list(RUNS)[2]], ["snapkv", "h2o"]),
+        *itertools.product(SCORING, [list(RUNS)[2]], ["heterogeneous"]),
     ],
 )
 def test_kept_tokens_and_logits_are_those_of_the_reference(
@@ -114,6 +118,17 @@ def test_kept_tokens_and_logits_are_those_of_the_reference(
             if local:
                 last = set(range(max(length - local.tokens, 0), length))
                 assert lanes == [last] * model.shape.num_kv_heads
+
+
+@pytest.mark.parametrize("case", ["snapkv", "h2o", "heterogeneous"])
+def test_chunks_are_refused_in_one_line(
+    engines: EngineSlot, models: dict[str, Model], case: str
+) -> None:
+    policy, values = ARGUMENTS[case]
+    with pytest.raises(UserError, match=f"^--policy {policy}: ") as refused:
+        engines.start(models["tiny-chunk"].path, policy, values)
+    assert "a chunk of 96 tokens" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ steps are compared with those of one dense, masked, float32 forward pass.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from policies.base import FULL
-from tests.engine.conftest import Model
+from tests.engine.conftest import SCORING, Model
 from tests.engine.harness import PAGE, EngineSlot, random_prompts
 from tests.reference.masked_model import Budgets, MaskedLlama
 
@@ -74,6 +75,40 @@ def test_logits_are_those_of_the_masked_model(
     lengths: list[int],
 ) -> None:
     check_logits(engines, models[name], oracles[name], policy, values, lengths, PAGE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "values"),
+    [("full", {}), *POLICIES[:2], *POLICIES[3:5]],
+    ids=["full", "sink-recent", "retrieval", "moa", "sharded"],
+)
+@pytest.mark.parametrize("name", [one.name for one in SCORING])
+def test_scores_that_are_not_only_products_are_those_of_the_masked_model(
+    engines: EngineSlot,
+    models: dict[str, Model],
+    oracles: dict[str, MaskedLlama],
+    name: str,
+    policy: str,
+    values: dict[str, Any],
+) -> None:
+    lengths = [129, 410, 257]
+    check_logits(engines, models[name], oracles[name], policy, values, lengths, PAGE)
+
+
+@pytest.mark.parametrize("name", ["tiny-sinks", "tiny-cap", "tiny-alibi", "tiny-chunk"])
+def test_the_oracle_tells_scores_apart(
+    models: dict[str, Model], oracles: dict[str, MaskedLlama], name: str
+) -> None:
+    """Or the test above would pass an engine that knows products alone."""
+    model, right = models[name], oracles[name]
+    wrong = MaskedLlama(model.path)
+    everything = (None,) * model.shape.num_layers
+    wrong.shape = replace(wrong.shape, soft_cap=0.0, slopes=(), local=everything)
+    wrong.forget_sinks()
+    (prompt,) = random_prompts([333], model.vocab, seed=5)
+    budgets = ((FULL,) * model.shape.num_kv_heads,) * model.shape.num_layers
+    found, expected = (one.logits(prompt, budgets, PAGE, 300) for one in (wrong, right))
+    assert relative_error(found, expected).median() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 2 * PAGE])

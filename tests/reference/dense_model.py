@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from policies.base import FULL
-from tests.reference.dense_policies import Reference, of_group, softmax_rows
+from tests.reference.dense_policies import Reference, of_group
 from tests.reference.masked_model import MaskedLlama
 
 
@@ -41,7 +41,7 @@ class DenseLlama(MaskedLlama):
     def _attention(
         self, hidden: Tensor, name: str, budgets: Any, page_size: int, layer: int
     ) -> Tensor:
-        if self.shape.windows[layer] is not None:
+        if self.shape.local[layer] is not None:
             full = [FULL] * self.shape.num_kv_heads
             return super()._attention(hidden, name, full, page_size, layer)
         policy, prompt, held = budgets
@@ -55,8 +55,7 @@ class DenseLlama(MaskedLlama):
         query, key = self._rotate(query), self._cached(self._rotate(key))
         value = self._cached(value)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        scale = shape.head_size**-0.5
-        whole = softmax_rows(query[:, :prompt], key[:, :prompt], scale)
+        whole = self._whole(name, query[:, :prompt], key[:, :prompt])
         output = torch.zeros(shape.num_query_heads, tokens, shape.head_size)
         group = shape.num_query_heads // shape.num_kv_heads
         prompt_values = value[:, :prompt].repeat_interleave(group, dim=0)
@@ -74,8 +73,7 @@ class DenseLlama(MaskedLlama):
                 cache[own] = 0.0
                 seen = set(cache)
                 places = sorted(cache)
-                logits = queries[:, own] @ key[head, places].T * scale
-                weights = logits.softmax(dim=-1)
+                weights = self._of_token(name, head, queries, own, key, places)
                 rows[:, own] = weights @ value[head, places]
                 for j, mass in zip(places, weights.sum(dim=0).tolist(), strict=True):
                     cache[j] += mass
@@ -86,3 +84,44 @@ class DenseLlama(MaskedLlama):
         held.append(lanes)
         merged = output.transpose(0, 1).reshape(tokens, -1)
         return self._project(merged, f"{name}.o_proj")
+
+    def _whole(self, name: str, query: Tensor, key: Tensor) -> Tensor:
+        """Causal attention of a prompt, ``[H_q, N, N]``."""
+        places = torch.arange(query.shape[1])
+        seen = places[None, :] <= places[:, None]
+        group = len(query) // len(key)
+        return torch.stack(
+            [
+                self._weigh(name, h, query[h], key[h // group], places, places, seen)
+                for h in range(len(query))
+            ]
+        )
+
+    def _of_token(
+        self,
+        name: str,
+        kv_head: int,
+        queries: Tensor,
+        own: int,
+        key: Tensor,
+        places: list[int],
+    ) -> Tensor:
+        """Attention of token ``own`` to the keys at ``places``, ``[G, m]``.
+
+        ``queries`` are those of the KV head, ``[G, N, D]``.
+        """
+        group, at = len(queries), torch.tensor(places)
+        seen = torch.ones(1, len(places), dtype=torch.bool)
+        rows = [
+            self._weigh(
+                name,
+                kv_head * group + one,
+                queries[one, own : own + 1],
+                key[kv_head, places],
+                torch.tensor([own]),
+                at,
+                seen,
+            )
+            for one in range(group)
+        ]
+        return torch.cat(rows)

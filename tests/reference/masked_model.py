@@ -5,8 +5,8 @@ Slow on purpose: the whole sequence at once, dense masks, one KV head after the 
 Knows nothing of pages, lanes, chunks or slots, only of the rule in
 ``docs/architecture.md``: a query in block ``i`` of a bounded head sees the sink blocks,
 the head's shards and blocks ``i - w + 1 .. i``, causally; a full head sees everything.
-In a layer with a window of its own a query sees the last so many tokens, whatever its
-heads keep.
+In a layer with a window of its own a query sees the last so many tokens, in one of
+chunks those of its own chunk, whatever its heads keep.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
-from policies.base import HeadBudget
+from policies.base import HeadBudget, Local
 
 Budgets = Sequence[Sequence[HeadBudget]]
 
@@ -44,11 +44,13 @@ def visible(budget: HeadBudget, tokens: int, page_size: int) -> Tensor:
     return causal & (is_sink | is_recent | is_shard)
 
 
-def in_window(window: int, tokens: int) -> Tensor:
-    """Tell which keys a query sees of its ``window`` last tokens, its own included."""
+def within(local: Local, tokens: int) -> Tensor:
+    """Tell which keys the queries of a layer with a window or chunks see."""
     query = torch.arange(tokens)[:, None]
     key = torch.arange(tokens)[None, :]
-    return (key <= query) & (key > query - window)
+    if local.is_chunk:
+        return (key <= query) & (key // local.tokens == query // local.tokens)
+    return (key <= query) & (key > query - local.tokens)
 
 
 def whole_blocks(tokens: int, page_size: int) -> int:
@@ -61,7 +63,8 @@ def whole_blocks(tokens: int, page_size: int) -> int:
 class LlamaShape:
     """What the forward pass reads from a Hugging Face ``config.json``.
 
-    ``windows`` has last tokens that a layer sees, or ``None`` for all.
+    ``local`` says what each layer sees, ``None`` being all. ``soft_cap`` is 0 if there
+    is none, and ``slopes`` are ALiBi's of each query head or empty.
     """
 
     num_layers: int
@@ -70,7 +73,9 @@ class LlamaShape:
     head_size: int
     rope_theta: float
     norm_eps: float
-    windows: tuple[int | None, ...]
+    local: tuple[Local | None, ...]
+    soft_cap: float
+    slopes: tuple[float, ...]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LlamaShape:
@@ -82,12 +87,22 @@ class LlamaShape:
             head_size=config.get("head_dim", config["hidden_size"] // heads),
             rope_theta=config["rope_theta"],
             norm_eps=config["rms_norm_eps"],
-            windows=tuple(
-                config["sliding_window"] if kind == "sliding_attention" else None
+            local=tuple(
+                _local(kind, config)
                 for kind in config.get("layer_types")
                 or ["full_attention"] * config["num_hidden_layers"]
             ),
+            soft_cap=config.get("soft_cap") or 0.0,
+            slopes=tuple(config.get("alibi_slopes") or ()),
         )
+
+
+def _local(kind: str, config: dict[str, Any]) -> Local | None:
+    if kind == "sliding_attention":
+        return Local(config["sliding_window"])
+    if kind == "chunked_attention":
+        return Local(config["attention_chunk_size"], is_chunk=True)
+    return None
 
 
 class MaskedLlama:
@@ -108,6 +123,11 @@ class MaskedLlama:
         for file in sorted(directory.glob("*.safetensors")):
             for name, weight in load_file(file).items():
                 self._weights[name] = weight.to(torch.float32)
+
+    def forget_sinks(self) -> None:
+        """Leave them out from now on."""
+        for name in [name for name in self._weights if name.endswith(".sinks")]:
+            del self._weights[name]
 
     @torch.no_grad()
     def logits(
@@ -157,19 +177,53 @@ class MaskedLlama:
         outputs = []
         for head in range(shape.num_query_heads):
             kv_head = head // group
-            scores = query[:, head] @ key[:, kv_head].T / shape.head_size**0.5
             mask = self._mask(layer, budgets[kv_head], tokens, page_size)
-            weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+            places = torch.arange(tokens)
+            weights = self._weigh(
+                name, head, query[:, head], key[:, kv_head], places, places, mask
+            )
             outputs.append(weights @ value[:, kv_head])
         return self._project(torch.cat(outputs, dim=-1), f"{name}.o_proj")
 
     def _mask(
         self, layer: int, budget: HeadBudget, tokens: int, page_size: int
     ) -> Tensor:
-        window = self.shape.windows[layer]
-        if window is not None:
-            return in_window(window, tokens)
+        local = self.shape.local[layer]
+        if local is not None:
+            return within(local, tokens)
         return visible(budget, tokens, page_size)
+
+    def _weigh(
+        self,
+        name: str,
+        head: int,
+        query: Tensor,
+        key: Tensor,
+        own: Tensor,
+        places: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Softmax of one query head, ``[n, m]``.
+
+        Args:
+            name: of the layer's attention.
+            query: ``[n, D]`` at positions ``own [n]``.
+            key: ``[m, D]`` at positions ``places [m]``.
+            mask: which keys each query sees, ``[n, m]``.
+        """
+        shape = self.shape
+        logits = query @ key.T / shape.head_size**0.5
+        if shape.soft_cap:
+            logits = shape.soft_cap * torch.tanh(logits / shape.soft_cap)
+        if shape.slopes:
+            logits = logits - shape.slopes[head] * (own[:, None] - places[None, :])
+        logits = logits.masked_fill(~mask, float("-inf"))
+        sinks = self._weights.get(f"{name}.sinks")
+        if sinks is None:
+            return logits.softmax(dim=-1)
+        # As if there were one more key, whose value is 0.
+        one_more = sinks[head].expand(len(query), 1)
+        return torch.cat([logits, one_more], dim=-1).softmax(dim=-1)[:, :-1]
 
     def _rotate(self, states: Tensor) -> Tensor:
         """Apply RoPE to ``[tokens, heads, head_size]``, in the two-halves layout."""

@@ -27,6 +27,11 @@ ATTENTION_GAIN = 1.5
 LOGIT_GAIN = 3.0
 
 
+SCORES = "ScoreLlamaForCausalLM"
+"""The architecture in :mod:`tests.reference.score_llama`."""
+SINK = 6.0
+"""Mean logit of a sink: a window of scores adds up to as much."""
+
 Matrix = Callable[[int, int, float], Tensor]
 """Makes random weights of so many rows and columns, and of this gain."""
 
@@ -46,19 +51,24 @@ class TinyLlama:
     max_tokens: int = 4096
     window: int | None = None
     """Last tokens that queries see in every layer but each third."""
+    chunk: int | None = None
+    """Or those of their own chunk."""
 
     @property
     def layer_types(self) -> list[str]:
-        kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+        full = "full_attention"
+        kind = "chunked_attention" if self.chunk else "sliding_attention"
+        kinds = [kind, kind, full] if self.window or self.chunk else [full] * 3
         return [kinds[layer % 3] for layer in range(self.num_layers)]
 
     @property
     def local(self) -> tuple[Local | None, ...]:
-        """What the queries of each layer see, if there are windows."""
-        if not self.window:
+        """What the queries of each layer see, if there are windows or chunks."""
+        tokens = self.window or self.chunk
+        if not tokens:
             return ()
-        window = Local(self.window)
-        return tuple(window if "sliding" in kind else None for kind in self.layer_types)
+        local = Local(tokens, is_chunk=bool(self.chunk))
+        return tuple(None if "full" in kind else local for kind in self.layer_types)
 
     def write(self, parent: Path, seed: int = 0) -> Path:
         """Write ``config.json`` and the weights below ``parent``; return the folder."""
@@ -81,8 +91,12 @@ class TinyLlama:
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
 
     def _config(self) -> dict[str, object]:
-        windows = {"layer_types": self.layer_types, "sliding_window": self.window}
-        return (windows if self.window else {}) | {
+        local: dict[str, object] = {"layer_types": self.layer_types}
+        if self.window:
+            local["sliding_window"] = self.window
+        if self.chunk:
+            local["attention_chunk_size"] = self.chunk
+        return (local if self.local else {}) | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
@@ -174,6 +188,37 @@ class TinyMiniCPM3(TinyLlama):
         }
 
 
+@dataclass(frozen=True)
+class TinyScores(TinyLlama):
+    """Its scores are not only products; ``chunk`` is for this one alone."""
+
+    num_layers: int = 3
+    num_query_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    hidden_size: int = 128
+    sinks: bool = False
+    soft_cap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    """ALiBi's, of each query head."""
+
+    def _config(self) -> dict[str, object]:
+        return {
+            **super()._config(),
+            "architectures": [SCORES],
+            "layer_types": self.layer_types,
+            "has_sinks": self.sinks,
+            "soft_cap": self.soft_cap,
+            "alibi_slopes": self.slopes,
+        }
+
+    def _attention_weights(self, matrix: Matrix) -> dict[str, Tensor]:
+        weights = super()._attention_weights(matrix)
+        if self.sinks:
+            weights["sinks"] = SINK + matrix(self.num_query_heads, 1, 1.0)[:, 0]
+        return weights
+
+
 MHA = TinyLlama(
     "tiny-mha",
     num_layers=4,
@@ -226,3 +271,8 @@ LONG = TinyLlama(
     max_tokens=8192,
 )
 """Ten KV heads, so that 20 % of them is a whole number."""
+SINKS = TinyScores("tiny-sinks", sinks=True)
+CAP = TinyScores("tiny-cap", soft_cap=3.0)
+ALIBI = TinyScores("tiny-alibi", slopes=(0.3, 0.1, 0.03, 0.01))
+CHUNK = TinyScores("tiny-chunk", num_layers=6, chunk=96)
+MIXED = TinyScores("tiny-mixed", num_layers=6, window=50, sinks=True, soft_cap=3.0)
