@@ -37,8 +37,19 @@ def covering(cases: Sequence[str], thorough: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("policy", "cache"), covering([*STREAMING], "retrieval"))
-@pytest.mark.parametrize("name", ["tiny-gqa", "tiny-mha"])
+@pytest.mark.parametrize(
+    ("name", "policy", "cache"),
+    [
+        *(
+            pytest.param(name, *case.values, marks=case.marks)
+            for name in ("tiny-gqa", "tiny-mha")
+            for case in covering([*STREAMING], "retrieval")
+        ),
+        # Windows, sinks and soft caps as well.
+        ("tiny-mixed", "retrieval", INT8),
+        ("tiny-chunk", "full", INT8),
+    ],
+)
 def test_logits_are_those_of_the_masked_model_with_rounded_keys_and_values(
     engines: EngineSlot, models: dict[str, Model], name: str, policy: str, cache: str
 ) -> None:
@@ -57,11 +68,20 @@ def test_logits_are_those_of_the_masked_model_with_rounded_keys_and_values(
         check(torch.stack(reply.logits), expected, unrounded)
 
 
-@pytest.mark.parametrize(("case", "cache"), covering(DENSE, "h2o"))
+@pytest.mark.parametrize(
+    ("name", "case", "cache"),
+    [
+        *(
+            pytest.param("tiny-gqa", *case.values, marks=case.marks)
+            for case in covering(DENSE, "h2o")
+        ),
+        ("tiny-mixed", "h2o", INT8),
+    ],
+)
 def test_policies_that_select_see_rounded_keys(
-    engines: EngineSlot, models: dict[str, Model], case: str, cache: str
+    engines: EngineSlot, models: dict[str, Model], name: str, case: str, cache: str
 ) -> None:
-    model = models["tiny-gqa"]
+    model = models[name]
     engine = engines.start(model.path, *ARGUMENTS[case], **options(cache))
     (prompt,) = random_prompts([333], model.vocab, seed=1)
     (reply,) = engine.generate([prompt], STEPS, logprobs=-1)

@@ -132,11 +132,21 @@ def run_scenario(
 @pytest.mark.parametrize(
     "settings", ["some", pytest.param("many", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *(("tiny-gqa", policy) for policy in POLICIES),
+        *((name, "retrieval") for name in ("tiny-window", "tiny-chunk")),
+    ],
+)
 def test_any_load_gets_the_replies_that_it_gets_without_a_cache(
-    engines: EngineSlot, models: dict[str, Model], policy: str, settings: str
+    engines: EngineSlot,
+    models: dict[str, Model],
+    name: str,
+    policy: str,
+    settings: str,
 ) -> None:
-    model, source = models["tiny-gqa"], random.Random(20)
+    model, source = models[name], random.Random(20)
     plain = start(engines, model, policy, 512, 32, enable_prefix_caching=False)
     jobs = jobs_of(plain, model.vocab, source)
     replies: list[Reply] = []
