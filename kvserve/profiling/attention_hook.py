@@ -7,13 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """Spare the model a mask: one prompt without padding is causal by itself."""
+from kvserve.errors import UserError
 
 
 def install_attention(
@@ -24,19 +21,31 @@ def install_attention(
     Args:
         name: under which the library registers both, for the whole process.
         attend, mask: as those two interfaces want them.
+
+    Raises:
+        UserError: the library lets nobody replace the attention of such a model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
+    if model.config.get_text_config()._attn_implementation != name:
+        raise _cannot_measure("computes its attention by itself")
+
+
+def _cannot_measure(why: str) -> UserError:
+    return UserError(
+        f"MODEL: it {why}, which profiles cannot measure; choose a policy that needs "
+        "none, such as sink-recent"
+    )
 
 
 class PromptAttention(ABC):
     """Causal attention of a whole prompt at once, without a cache and padding.
 
-    A layer whose own window is shorter than the prompt attends as the model has it:
-    no policy decides on it.
+    A layer whose own window or chunk is shorter than the prompt attends as the model
+    has it: no policy decides on it.
 
     Attributes:
         name: under which the library registers it, for the whole process.
@@ -45,8 +54,14 @@ class PromptAttention(ABC):
     name: ClassVar[str]
 
     def attach(self, model: Any) -> None:
-        """Make ``model`` compute its attention here."""
-        install_attention(model, self.name, self, no_mask)
+        """Make ``model`` compute its attention here.
+
+        Raises:
+            UserError: that cannot be done.
+        """
+        from transformers.masking_utils import sdpa_mask
+
+        install_attention(model, self.name, self, sdpa_mask)
 
     def __call__(
         self,
@@ -56,16 +71,32 @@ class PromptAttention(ABC):
         value: Tensor,
         attention_mask: Tensor | None,
         scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attend as the library asks for it, tokens before heads in the output."""
+        """Attend as the library asks for it, tokens before heads in the output.
+
+        Raises:
+            UserError: scores are capped, or have sinks.
+        """
+        if softcap is not None:
+            raise _cannot_measure("caps its scores")
+        if s_aux is not None:
+            raise _cannot_measure("has attention sinks")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = kwargs.get("sliding_window")
-        if window and window < query.shape[2]:
-            self.pass_over(module.layer_idx, key)
-            output = _attend_window(query, key, value, scale, window)
-        else:
+        if attention_mask is None or _is_causal(attention_mask):
             output = self.attend(module.layer_idx, query, key, value, scale)
+        else:
+            self.pass_over(module.layer_idx, key)
+            output = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                scale=scale,
+                enable_gqa=True,
+            )
         return output.transpose(1, 2).contiguous(), None
 
     @abstractmethod
@@ -75,16 +106,11 @@ class PromptAttention(ABC):
         """Attend; shapes ``[1, H_q, n, d]`` and ``[1, H_kv, n, d]``."""
 
     def pass_over(self, layer: int, key: Tensor) -> None:
-        """Take note of a layer that has a window of its own; ``key`` as above."""
+        """Take note of a layer with a window or chunks of its own; ``key`` as above."""
         return
 
 
-def _attend_window(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
-) -> Tensor:
-    """Let each query see the last ``window`` tokens, its own included."""
-    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    seen = seen.triu(1 - window).to(key.device)
-    return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=scale, enable_gqa=True
-    )
+def _is_causal(mask: Tensor) -> bool:
+    """Whether each query of a mask, ``[1, 1, n, n]``, sees everything before it."""
+    tokens = mask.shape[-1]
+    return int(mask[0, 0].sum()) == tokens * (tokens + 1) // 2

@@ -14,20 +14,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
 
 from benchmarks.long_replies import distinct
 from benchmarks.profiles import RepeatProbe
 from kvserve.errors import UserError
 from kvserve.profiling import fast, retrieval
-from kvserve.profiling.attention_hook import install_attention, no_mask
+from kvserve.profiling.attention_hook import install_attention
 from kvserve.profiling.fast import (
     cached_profile,
     measure_windows,
     profile_arguments,
     profile_fast,
 )
-from policies.base import ModelShape
+from kvserve.profiling.influence import InfluenceProbe
+from policies.base import Local, ModelShape
 from policies.head_scores import load_head_scores
+from tests.reference.random_models import write_random_model
 from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, tiny_llama
 
@@ -90,7 +94,7 @@ def test_the_head_whose_window_moves_the_answers_most_is_ranked_first() -> None:
 
     def answers(layer: int, head: int) -> list[Tensor]:
         install_attention(
-            model, f"windowed-{layer}-{head}", Windowed(layer, head), no_mask
+            model, f"windowed-{layer}-{head}", Windowed(layer, head), sdpa_mask
         )
         with torch.inference_mode():
             return [
@@ -108,6 +112,73 @@ def test_the_head_whose_window_moves_the_answers_most_is_ranked_first() -> None:
                 change = (before.exp() * (before - after)).sum(-1).mean()
                 moved[layer, head] += change / len(full)
     assert moved.argmax() == found.argmax()
+
+
+def write_model(model_type: str, folder: Path, **values: Any) -> str:
+    """Write a model of three layers that reads bytes; the middle one sees it all."""
+    shape = {
+        "vocab_size": 257,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    write_random_model(model_type, {**shape, **values}, folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+CHUNKS = {
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+    "attention_chunk_size": 128,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"), [("gemma3_text", {}), ("llama4_text", CHUNKS)]
+)
+def test_layers_with_windows_or_chunks_of_their_own_are_passed_over(
+    tmp_path: Path, model_type: str, values: dict[str, Any]
+) -> None:
+    folder = write_model(model_type, tmp_path / model_type, **values)
+    path = profile_fast(folder, tmp_path / "out", progress=False)
+    local = Local(128, is_chunk=bool(values)), None
+    shape = ModelShape(model_type, 3, 6, 2, 8, local=(*local, local[0]))
+    (scores,) = load_head_scores(str(path), shape.open)
+    assert all(score > 0 for score in scores)
+    rows = json.loads(path.read_text())["kv_head_scores"]
+    assert rows == [[0.0, 0.0], scores, [0.0, 0.0]]
+    # What is measured is the model itself.
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.randint(257, (1, 512), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        InfluenceProbe("joint").attach(model)
+        found = model(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "said"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 5.0}, "caps its scores"),
+        ("gpt_oss", {"num_local_experts": 2}, "has attention sinks"),
+        ("bloom", {}, "computes its attention by itself"),
+    ],
+)
+def test_scores_that_are_not_only_products_are_refused_in_one_line(
+    tmp_path: Path, model_type: str, values: dict[str, Any], said: str
+) -> None:
+    folder = write_model(model_type, tmp_path / model_type, **values)
+    with pytest.raises(UserError, match=f"^MODEL: it {said}, .* sink-recent$"):
+        profile_fast(folder, tmp_path / "out", progress=False)
 
 
 def test_a_profile_is_kept_under_the_models_identity(
