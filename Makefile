@@ -33,7 +33,7 @@ serve: $(STAMP)  ## Serve the embedded model on http://127.0.0.1:8000
 
 test: $(STAMP)  ## Run the test suite
 	$(BIN)/pytest $(WORKERS) $(DEFAULT) tests/engine tests/unit
-	$(BIN)/pytest $(DEFAULT) tests/http tests/deploy
+	$(BIN)/pytest $(WORKERS) $(DEFAULT) tests/http tests/deploy
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 test-unit: $(STAMP)  ## Run the tests that need no model weights

@@ -79,9 +79,19 @@ def reference_of(case: str, model: Model) -> Reference:
         *itertools.product(["tiny-mha", "tiny-gqa"], RUNS, ARGUMENTS),
         *(("tiny-mqa", list(RUNS)[2], case) for case in ("snapkv", "h2o")),
         ("tiny-mqa", list(RUNS)[2], "heterogeneous"),
-        *itertools.product(["tiny-window"], list(RUNS)[1:], ARGUMENTS),
-        *itertools.product(SCORING, [list(RUNS)[2]], ["snapkv", "h2o"]),
-        *itertools.product(SCORING, [list(RUNS)[2]], ["heterogeneous"]),
+        *itertools.product(["tiny-window"], list(RUNS)[2:], ARGUMENTS),
+        ("tiny-sinks", list(RUNS)[2], "h2o"),
+        ("tiny-cap", list(RUNS)[2], "snapkv"),
+        ("tiny-alibi", list(RUNS)[2], "heterogeneous"),
+        ("tiny-mixed", list(RUNS)[2], "h2o"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *itertools.product(SCORING, [list(RUNS)[1]], ["snapkv", "h2o"]),
+                *itertools.product(SCORING, [list(RUNS)[1]], ["heterogeneous"]),
+                *itertools.product(["tiny-window"], [list(RUNS)[1]], ARGUMENTS),
+            ]
+        ),
     ],
 )
 def test_kept_tokens_and_logits_are_those_of_the_reference(

@@ -77,12 +77,33 @@ def test_logits_are_those_of_the_masked_model(
     check_logits(engines, models[name], oracles[name], policy, values, lengths, PAGE)
 
 
+STREAMING = {
+    "full": ("full", {}),
+    **{policy: (policy, values) for policy, values in [*POLICIES[:2], *POLICIES[3:5]]},
+}
+# Every model and every policy once; all pairs where all tests run.
+ONCE = {
+    ("tiny-sinks", "moa"),
+    ("tiny-cap", "sharded"),
+    ("tiny-alibi", "sink-recent"),
+    ("tiny-chunk", "retrieval"),
+    ("tiny-mixed", "full"),
+}
+
+
 @pytest.mark.parametrize(
-    ("policy", "values"),
-    [("full", {}), *POLICIES[:2], *POLICIES[3:5]],
-    ids=["full", "sink-recent", "retrieval", "moa", "sharded"],
+    ("name", "policy", "values"),
+    [
+        pytest.param(
+            one.name,
+            *STREAMING[policy],
+            id=f"{one.name}-{policy}",
+            marks=() if (one.name, policy) in ONCE else pytest.mark.slow,
+        )
+        for one in SCORING
+        for policy in STREAMING
+    ],
 )
-@pytest.mark.parametrize("name", [one.name for one in SCORING])
 def test_scores_that_are_not_only_products_are_those_of_the_masked_model(
     engines: EngineSlot,
     models: dict[str, Model],
