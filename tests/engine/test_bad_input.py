@@ -228,14 +228,6 @@ def test_a_profile_of_another_model_is_refused(
     [
         (
             {
-                "architectures": ["MistralForCausalLM"],
-                "model_type": "mistral",
-                "sliding_window": 512,
-            },
-            "sliding-window",
-        ),
-        (
-            {
                 "architectures": ["MambaForCausalLM"],
                 "model_type": "mamba",
                 "state_size": 16,

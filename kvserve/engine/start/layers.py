@@ -203,7 +203,7 @@ def check_model(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     kinds = {
         "MLA": model.use_mla,
-        "no attention": model.is_attention_free,
+        "Mamba (and no attention)": model.is_attention_free,
         "encoder-decoder": model.is_encoder_decoder,
         "pooling": model.runner_type != "generate",
     }
