@@ -39,7 +39,9 @@ class HeadPagedSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         length = vllm_config.model_config.max_model_len
-        pages = max(self.rule.most_pages(length), self.plan.pages(length))
+        in_flight = max(self.rule.in_flight, 1)
+        largest = self.plan.most_pages(length, in_flight)
+        pages = max(self.rule.most_pages(length), largest)
         return (pages + self.num_scratch_pages) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:

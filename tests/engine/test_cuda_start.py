@@ -132,7 +132,9 @@ def test_graphs_replay_decode_steps_of_policies_of_positions_alone() -> None:
         (MixedRule(positions), CUDAGraphMode.PIECEWISE),
     ):
         spec: Any = SimpleNamespace(rule=rule)
-        support = HeadPagedMetadataBuilder.get_cudagraph_support(None, spec)
+        no_layers = SimpleNamespace(static_forward_context={})
+        config: Any = SimpleNamespace(compilation_config=no_layers)
+        support = HeadPagedMetadataBuilder.get_cudagraph_support(config, spec)
         compilation = CompilationConfig(
             mode=3, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
         )

@@ -66,7 +66,7 @@ class OnePlan:
         return self.plan.full
 
     def most_pages(self, tokens: int) -> int:
-        return self.plan.pages(tokens, self.in_flight)
+        return self.plan.most_pages(tokens, self.in_flight)
 
     def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
         return self.plan

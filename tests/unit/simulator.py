@@ -207,7 +207,8 @@ def page_lists_of(
     requests: list[Request], max_requests: int, max_tokens: int
 ) -> PageArray:
     """Lay page lists out as vLLM's block table, rubbish beyond what is held."""
-    most = max((r.plan.full.pages(max_tokens) for r in requests), default=0)
+    plans = [plan for r in requests for plan in (r.plan, r.plan.full)]
+    most = max((plan.entries(max_tokens) for plan in plans), default=0)
     shape = (max_requests, most)
     lists = np.full(shape, UNKNOWN_PAGE, dtype=np.int32)
     for row, request in enumerate(requests):
