@@ -79,7 +79,11 @@ def reference_of(case: str, model: Model) -> Reference:
         *itertools.product(["tiny-mha", "tiny-gqa"], RUNS, ARGUMENTS),
         *(("tiny-mqa", list(RUNS)[2], case) for case in ("snapkv", "h2o")),
         ("tiny-mqa", list(RUNS)[2], "heterogeneous"),
-        *itertools.product(["tiny-window"], list(RUNS)[2:], ARGUMENTS),
+        *itertools.product(
+            ["tiny-window"],
+            list(RUNS)[2:],
+            ["snapkv, bounded", "h2o by shares", "heterogeneous"],
+        ),
         ("tiny-sinks", list(RUNS)[2], "h2o"),
         ("tiny-cap", list(RUNS)[2], "snapkv"),
         ("tiny-alibi", list(RUNS)[2], "heterogeneous"),
