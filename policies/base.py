@@ -82,6 +82,11 @@ class ModelShape:
         return self.num_query_heads // self.num_kv_heads
 
     @property
+    def local_by_layer(self) -> tuple[Local | None, ...]:
+        """What the queries of each layer see; ``None``: everything."""
+        return self.local or (None,) * self.num_layers
+
+    @property
     def open(self) -> ModelShape:
         """The layers that a policy decides on: their queries may see everything."""
         if not any(self.local):

@@ -34,7 +34,7 @@ from kvserve.errors import UserError
 from kvserve.plan.blocks import UNBOUNDED
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import PagePlan
-from kvserve.plan.streaming import NOTHING_OPEN, scratch_pages
+from kvserve.plan.streaming import NOTHING_OPEN, plan_of_model, scratch_pages
 from policies.base import FULL, DensePolicy, Lane, Local, ModelShape
 from policies.files import follows_files
 
@@ -322,14 +322,8 @@ class DenseRule:
 @lru_cache(maxsize=8)
 def _full(model: ModelShape, page_size: int, max_tokens: int, stride: int) -> PagePlan:
     everything = ((FULL,) * model.num_kv_heads,) * model.open.num_layers
-    plan = PagePlan.from_budgets(
-        everything,
-        page_size,
-        max_tokens,
-        local=model.local,
-        num_kv_heads=model.num_kv_heads,
-    )
-    return replace(plan, stride=stride, reread=model.reread)
+    plan = plan_of_model(model, everything, page_size, max_tokens)
+    return replace(plan, stride=stride)
 
 
 @follows_files
@@ -344,7 +338,7 @@ def _plan(rule: DenseRule, prompt_tokens: int) -> DensePlan:
         (_local_lane(rule, local, prompt_tokens),) * model.num_kv_heads
         if local
         else next(of_open)
-        for local in model.local or (None,) * model.num_layers
+        for local in model.local_by_layer
     )
     return DensePlan(rule, prompt_tokens, by_layer)
 

@@ -57,12 +57,10 @@ class LayerHeads:
 
 def layout_of(model: ModelShape) -> tuple[LayerHeads, ...]:
     """How the heads of each layer lie in pages; empty if all layers are alike."""
-    local = model.local or (None,) * model.num_layers
-    return (
-        tuple(
-            LayerHeads(heads, model.head_size // size, together=kind is not None)
-            for (heads, size), kind in zip(model.layer_heads, local, strict=True)
-        )
-        if model.layer_heads
-        else ()
+    if not model.layer_heads:
+        return ()
+    layers = zip(model.layer_heads, model.local_by_layer, strict=True)
+    return tuple(
+        LayerHeads(heads, model.head_size // size, together=local is not None)
+        for (heads, size), local in layers
     )

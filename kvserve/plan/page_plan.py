@@ -105,31 +105,17 @@ class PagePlan:
             tuple(tuple(lane[part] for lane in layer) for layer in lanes)
             for part in range(3)
         )
-        if not any(map(any, shards)):
-            return cls(
-                page_size,
-                sinks,
-                windows,
-                ranks=ranks,
-                is_shared=shared,
-                local=local,
-                layout=layout,
-            )
-        strides = {head.stride for layer in budgets for head in layer if head.shards}
+        strides = {1}
+        if any(map(any, shards)):
+            heads = (head for layer in budgets for head in layer)
+            strides = {head.stride for head in heads if head.shards}
+        else:
+            shards = ()
         if len(strides) > 1:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
-        stride = strides.pop()
-        return cls(
-            page_size,
-            sinks,
-            windows,
-            stride,
-            shards,
-            ranks,
-            shared,
-            local,
-            layout=layout,
-        )
+        (stride,) = strides
+        of_pages = page_size, sinks, windows, stride, shards
+        return cls(*of_pages, ranks, shared, local, layout=layout)
 
     @property
     def num_layers(self) -> int:
@@ -371,6 +357,11 @@ class PagePlan:
         return seen
 
     @property
+    def local_by_layer(self) -> tuple[Local | None, ...]:
+        """What the queries of each layer see; ``None``: everything."""
+        return self.local or (None,) * self.num_layers
+
+    @property
     def full(self) -> PagePlan:
         """The plan of the same model that evicts nothing but what no query sees."""
         nothing = (0,) * self.num_kv_heads
@@ -379,9 +370,7 @@ class PagePlan:
             (nothing,) * self.num_layers,
             tuple(
                 row if local else nothing
-                for row, local in zip(
-                    self.windows, self.local or (None,) * self.num_layers, strict=True
-                )
+                for row, local in zip(self.windows, self.local_by_layer, strict=True)
             ),
             ranks=self.ranks,
             local=self.local,

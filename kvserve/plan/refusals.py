@@ -18,13 +18,14 @@ def check_unequal(
     has = f"layers of {model.name} have heads of unequal number or size"
     of_open = {
         heads
-        for heads, local in zip(model.layer_heads, model.local, strict=True)
+        for heads, local in zip(model.layer_heads, model.local_by_layer, strict=True)
         if local is None
     }
     if len(of_open) > 1:
         raise UserError(
             f"MODEL {model.name}: {len(of_open)} kinds of layers that see everything "
-            "differ in their heads; serve it with stock vLLM (`--policy none`)"
+            "differ in their heads; give requests room to outgrow its windows "
+            "(--max-model-len), or serve it with stock vLLM (`--policy none`)"
         )
     refused = {
         f"--tensor-parallel-size={ranks}": ranks > 1,

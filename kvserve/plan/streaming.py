@@ -11,7 +11,7 @@ from typing import ClassVar
 from kvserve.errors import UserError
 from kvserve.plan.layout import layout_of
 from kvserve.plan.page_plan import PagePlan
-from policies.base import ModelShape, StreamingPolicy
+from policies.base import HeadBudget, ModelShape, StreamingPolicy
 from policies.files import follows_files
 
 NOTHING_OPEN = (
@@ -125,20 +125,37 @@ class StreamRule:
 @lru_cache(maxsize=64)
 def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
-    model = rule.model
-    budgets = rule.policy.budgets(model.open, length) if model.open.num_layers else ()
+    open_layers = rule.model.open
+    budgets = rule.policy.budgets(open_layers, length) if open_layers.num_layers else ()
+    sizes = rule.page_size, length
+    plan = plan_of_model(rule.model, budgets, *sizes, rule.ranks, rule.is_shared)
+    return plan if rule.stride is None else _in_turns(plan, rule.stride)
+
+
+def plan_of_model(
+    model: ModelShape,
+    budgets: tuple[tuple[HeadBudget, ...], ...],
+    page_size: int,
+    tokens: int,
+    ranks: int = 1,
+    shared: bool = False,
+) -> PagePlan:
+    """Make the plan of a request that may become ``tokens`` tokens long.
+
+    Args:
+        budgets: of the layers that are not local, ``[layers][num_kv_heads]``.
+    """
     plan = PagePlan.from_budgets(
         budgets,
-        rule.page_size,
-        length,
-        rule.ranks,
-        rule.is_shared,
+        page_size,
+        tokens,
+        ranks,
+        shared,
         model.local,
         model.num_kv_heads,
         layout_of(model),
     )
-    plan = replace(plan, reread=model.reread)
-    return plan if rule.stride is None else _in_turns(plan, rule.stride)
+    return replace(plan, reread=model.reread)
 
 
 def _in_turns(plan: PagePlan, stride: int) -> PagePlan:
@@ -180,12 +197,12 @@ def scratch_pages(
 def describe(plan: PagePlan) -> str:
     """Say in one line what the lanes keep, in tokens as rounded to pages."""
     shards = plan.shards or plan.full.sinks
-    local = plan.local or (None,) * plan.num_layers
     kinds: Counter[tuple[int, int, int]] = Counter()
     seen: Counter[str] = Counter()
     heads = [one.kv_heads for one in plan.layout]
     heads = heads or [plan.num_kv_heads] * plan.num_layers
-    layers = zip(local, heads, plan.sinks, plan.windows, shards, strict=True)
+    of_lanes = plan.sinks, plan.windows, shards
+    layers = zip(plan.local_by_layer, heads, *of_lanes, strict=True)
     for kind, count, *lanes in layers:
         if kind:
             seen[f"see {kind}, as the model has it"] += count

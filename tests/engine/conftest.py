@@ -67,8 +67,9 @@ class Model:
         assert isinstance(found, StreamingPolicy)
         shape, budgets = self.shape, iter(found.budgets(self.shape.open, tokens))
         nothing_to_say = (FULL,) * shape.num_kv_heads
-        local = shape.local or (None,) * shape.num_layers
-        return tuple(nothing_to_say if one else next(budgets) for one in local)
+        return tuple(
+            nothing_to_say if one else next(budgets) for one in shape.local_by_layer
+        )
 
 
 @pytest.fixture(scope="session")

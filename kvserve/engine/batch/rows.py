@@ -95,9 +95,11 @@ class RowBuilder:
             return self._decode_only(num_decodes, decode_lens, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
         slots = _joined(slots, self._slots_of_heads(chunks.slots()))
-        heads = [[len(self._lanes(layer))] for layer in range(self._plan.num_layers)]
-        row_lengths = _joined(np.array(heads), chunks.row_lengths())
-        exemplars, shape_of_layer = _alike_layers(_joined(row_lengths, decode_lens))
+        row_lengths = _joined(chunks.row_lengths(), decode_lens)
+        if self._layout:  # rows of as many lanes may be of more heads
+            heads = np.array([[one.kv_heads] for one in self._layout])
+            row_lengths = _joined(heads, row_lengths)
+        exemplars, shape_of_layer = _alike_layers(row_lengths)
         shapes = [
             self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
         ]
@@ -105,7 +107,7 @@ class RowBuilder:
             num_decodes,
             shapes,
             shape_of_layer,
-            [self._page_table(layer, chunks) for layer in range(self._plan.num_layers)],
+            self._page_tables(self._decode_tables(num_decodes), chunks),
             slots,
             chunks.copies(),
         )
@@ -181,17 +183,22 @@ class RowBuilder:
             np.concatenate(first),
         )
 
-    def _page_table(self, layer: int, chunks: _Chunks) -> PageArray:
-        decode = self._decode_tables(chunks.first_row)[layer]
-        parts = [chunks.page_table(layer, lane) for lane in self._lanes(layer)]
-        if self._layout:
-            one = self._layout[layer]
-            places = one.place_of_head.tolist()
-            parts = [
-                part * one.per_page + place
-                for part, place in zip(parts, places, strict=True)
-            ]
-        return np.concatenate([decode, *parts])
+    def _page_tables(
+        self, decode: PageArray | list[PageArray], chunks: _Chunks
+    ) -> list[PageArray]:
+        """Pages of each layer's rows, those of ``decode`` first."""
+        tables = []
+        for layer, first in enumerate(decode):
+            parts = [chunks.page_table(layer, lane) for lane in self._lanes(layer)]
+            if self._layout:
+                one = self._layout[layer]
+                places = one.place_of_head.tolist()
+                parts = [
+                    part * one.per_page + place
+                    for part, place in zip(parts, places, strict=True)
+                ]
+            tables.append(np.concatenate([first, *parts]))
+        return tables
 
 
 def _joined(first: Layers, second: Layers) -> Layers:

@@ -20,8 +20,6 @@ from kvserve.kernels import native, statistics
 from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
-__all__ = ["PAGE_SIZE", "CPUDevice", "Device"]
-
 PAGE_SIZE = 32
 """Tokens of a head page: the smallest that vLLM's CPU kernels take."""
 
