@@ -15,6 +15,7 @@ from kvserve.engine.start.options import engine_options
 from kvserve.engine.start.preflight import check_start
 from kvserve.errors import UserError
 from tests.engine.conftest import Model
+from tests.engine.families import FAMILIES
 
 pytestmark = pytest.mark.engine
 
@@ -264,3 +265,47 @@ def test_models_with_other_caches_are_refused(
     with pytest.raises(UserError, match=kind) as refusal:
         check_start(options)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("gemma3", {"sliding_window": -5}, "sliding_window=-5"),
+        ("gemma3", {"sliding_window": "wide"}, "sliding_window"),
+        ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_type"),
+        ("llama4", {"attention_chunk_size": -32}, "attention_chunk_size=-32"),
+        ("llama4", {"attention_chunk_size": 50}, "no whole number of pages"),
+        ("gemma3n", {"num_kv_shared_layers": 6}, "num_kv_shared_layers=6"),
+        ("gemma3n", {"num_kv_shared_layers": -1}, "num_kv_shared_layers=-1"),
+        ("granite4", {"layer_types": ["mamba"] * 4}, "no attention"),
+        (
+            "gemma4-unequal",
+            {"per_layer_config": {"2": {"head_dim": 80}, "5": {"head_dim": 80}}},
+            "2 heads of 32 numbers do not fit into pages for heads of 80",
+        ),
+    ],
+)
+def test_what_no_layers_can_be_is_refused_in_one_line(
+    name: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    assert told in refusal_of(name, changes, tmp_path)
+
+
+def test_windows_that_no_request_outgrows_make_unequal_heads_open(
+    tmp_path: Path,
+) -> None:
+    said = refusal_of("gemma4-unequal", {}, tmp_path, max_model_len=40)
+    assert "--max-model-len" in said
+
+
+def refusal_of(name: str, changes: dict[str, Any], parent: Path, **options: Any) -> str:
+    """What is said of a family's model whose configuration was changed."""
+    (family,) = (one for one in FAMILIES if one.name == name)
+    config = family.write(parent) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    asked = {"model": str(config.parent), "skip_tokenizer_init": True, **options}
+    with pytest.raises(UserError) as refusal:
+        check_start(engine_options(_FULL, {"max_model_len": 1024, **asked}))
+    said = str(refusal.value)
+    assert "\n" not in said
+    return said

@@ -7,6 +7,7 @@ with the layers. What this version cannot serve is refused in one line.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from kvserve.engine.devices import hardware
 from kvserve.errors import UserError
+from kvserve.plan.layout import layout_of
 from policies.base import Local, ModelShape
 
 _WAY_OUT = "serve it with stock vLLM (`--policy none`)"
@@ -44,17 +46,10 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
     """Read the shape of the model that a config names, whatever ranks share it."""
     model = vllm_config.model_config
     num_kv_heads, head_size = _cached_heads(model)
-    local = _local_layers(model, _kinds(vllm_config))
     by_layer = _unequal_heads(vllm_config)
     if by_layer:
         head_size = max(size for _, size in by_layer)
-        # A window's heads share pages, see plan/layout.py; others have their own.
-        of_pages = [
-            -(-heads // (head_size // size if see else 1))
-            for (heads, size), see in zip(by_layer, _each(local, by_layer), strict=True)
-        ]
-        num_kv_heads = max(of_pages)
-    return ModelShape(
+    shape = ModelShape(
         name=Path(model.model).name,
         num_layers=len(_kinds(vllm_config)),
         num_query_heads=model.model_arch_config.total_num_attention_heads,
@@ -62,14 +57,14 @@ def model_shape_of(vllm_config: VllmConfig) -> ModelShape:
         head_size=head_size,
         max_tokens=model.max_model_len,
         pattern=_declared_pattern(model.hf_text_config),
-        local=local,
+        local=_local_layers(model, _kinds(vllm_config)),
         reread=_reread(vllm_config),
         layer_heads=by_layer,
     )
-
-
-def _each(local: tuple[Local | None, ...], layers: Sequence[Any]) -> Sequence[Any]:
-    return local or (None,) * len(layers)
+    if not by_layer:
+        return shape
+    most_lanes = max(layer.num_lanes for layer in layout_of(shape))
+    return dataclasses.replace(shape, num_kv_heads=most_lanes)
 
 
 def _unequal_heads(vllm_config: VllmConfig) -> tuple[tuple[int, int], ...]:
@@ -210,6 +205,7 @@ def check_model(vllm_config: VllmConfig) -> None:
     for kind, present in kinds.items():
         if present:
             raise _unsupported(model.model, kind)
+    _check_numbers(vllm_config)
     for kind in _kinds(vllm_config):
         if kind not in _KNOWN:
             raise _unsupported(model.model, kind)
@@ -220,6 +216,41 @@ def check_model(vllm_config: VllmConfig) -> None:
             f"--enable-prefix-caching: MODEL {model.model} keeps states beside its "
             "cache, which nobody can start with; leave the flag out"
         )
+
+
+def _check_numbers(vllm_config: VllmConfig) -> None:
+    """Refuse numbers of a configuration that no layers can have.
+
+    Raises:
+        UserError: names the entry, or the heads that do not fit.
+    """
+    model = vllm_config.model_config
+    shared, layers = (
+        _num_shared(model),
+        model.get_num_layers(vllm_config.parallel_config),
+    )
+    impossible = {
+        "sliding_window": (model.get_sliding_window() or 0) < 0,
+        "attention_chunk_size": (model.attention_chunk_size or 0) < 0,
+        "num_kv_shared_layers": not 0 <= shared < layers,
+    }
+    for entry, is_so in impossible.items():
+        if is_so:
+            value = getattr(model.hf_text_config, entry)
+            raise UserError(
+                f"MODEL {model.model}: its configuration has {entry}={value}, which no "
+                "layers can have; mend its config.json"
+            )
+    if not _kinds(vllm_config):
+        raise _unsupported(model.model, "no attention")
+    by_layer = _unequal_heads(vllm_config)
+    largest = max((size for _, size in by_layer), default=0)
+    for heads, size in by_layer:
+        if heads < 1 or size < 1 or largest % size:
+            raise UserError(
+                f"MODEL {model.model}: {heads} heads of {size} numbers do not fit into "
+                f"pages for heads of {largest}; {_WAY_OUT}"
+            )
 
 
 def check_layers(vllm_config: VllmConfig, layers: Mapping[str, Attention]) -> None:
@@ -282,7 +313,7 @@ def _in_words(layers: Sequence[tuple[int, int, int]]) -> str:
 def _check_local(vllm_config: VllmConfig, layers: Sequence[Attention]) -> None:
     """Refuse layers that see something else than what was planned."""
     model, longest = vllm_config.model_config, vllm_config.model_config.max_model_len
-    planned = model_shape_of(vllm_config).local or (None,) * len(layers)
+    planned = model_shape_of(vllm_config).local_by_layer
     for place, (layer, told) in enumerate(zip(layers, planned, strict=True)):
         chunk = getattr(layer, "attention_chunk_size", None)
         sees = Local(chunk, is_chunk=True) if chunk else None

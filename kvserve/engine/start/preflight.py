@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
 from vllm import envs
 from vllm.config import CompilationMode, VllmConfig
@@ -61,7 +62,7 @@ def check_start(options: Mapping[str, Any]) -> VllmConfig:
                 "--data-parallel-size"
             )
         raise UserError(problems) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise UserError(" ".join(str(error).split())) from None
     check_model(config)
     page_format_of(config)
