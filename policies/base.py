@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -282,11 +282,9 @@ class Prompt:
         mass: Attention that each token received from all queries, the sum over the
             query heads of a group, ``[H_kv, N]``, float32; ``None`` for policies
             whose record does not ask for it.
-        soft_cap: Logits are no further from 0 than this; 0: any.
-        sink_logits: One more term of each query head's softmax, ``[H_q]``, if the model
-            has it.
-        slopes: What a query head adds to a logit for each position of distance,
-            ``[H_q]``, likewise.
+        weigh: What the model makes of scaled products ``[H_kv, G, L, N]``, and of which
+            of the last keys lie in a query's future, bool ``[L, L]``: weights of the
+            same shape; ``None`` if that is a softmax alone.
     """
 
     keys: Tensor
@@ -294,9 +292,7 @@ class Prompt:
     queries: Tensor
     scale: float
     mass: Tensor | None = None
-    soft_cap: float = 0.0
-    sink_logits: Tensor | None = None
-    slopes: Tensor | None = None
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -25,35 +25,16 @@ def observed_attention(prompt: Prompt, reduction: str = "mean") -> Tensor:
     # A group's heads are rows of one product, so that its keys are read once.
     queries = (prompt.queries * prompt.scale).reshape(kv_heads, -1, width)
     logits = (queries @ prompt.keys.transpose(1, 2)).view(kv_heads, -1, window, tokens)
-    logits = _as_scored(prompt, logits)
     # Only the window's own keys can lie in a query's future.
     future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., tokens - window :].masked_fill_(future, float("-inf"))
-    probabilities = _weights(prompt, logits)
+    if prompt.weigh is not None:
+        probabilities = prompt.weigh(logits, future)
+    else:
+        logits[..., tokens - window :].masked_fill_(future, float("-inf"))
+        probabilities = logits.softmax(dim=-1)
     if reduction == "max":
         return probabilities.amax(dim=1)
     return probabilities.sum(dim=1) if reduction == "sum" else probabilities.mean(dim=1)
-
-
-def _as_scored(prompt: Prompt, logits: Tensor) -> Tensor:
-    """What the model makes of scaled products ``[H_kv, G, L, N]``."""
-    if prompt.soft_cap:
-        logits = prompt.soft_cap * (logits / prompt.soft_cap).tanh()
-    if prompt.slopes is not None:
-        window, tokens = logits.shape[2:]
-        place = torch.arange(tokens, device=logits.device)
-        distance = place - place[tokens - window :, None]
-        slopes = prompt.slopes.view(*logits.shape[:2], 1, 1)
-        logits = logits + slopes * distance
-    return logits
-
-
-def _weights(prompt: Prompt, logits: Tensor) -> Tensor:
-    if prompt.sink_logits is None:
-        return logits.softmax(dim=-1)
-    sinks = prompt.sink_logits.view(*logits.shape[:2], 1, 1)
-    sinks = sinks.expand(*logits.shape[:3], 1)
-    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def pooled(scores: Tensor, kernel: int, kind: str = "avg") -> Tensor:

@@ -172,6 +172,28 @@ def weights_of(logits: Tensor, form: ScoreForm | None, kv_heads: Tensor) -> Tens
     return whole.softmax(-1)[..., :-1]
 
 
+def window_weights(logits: Tensor, future: Tensor, form: ScoreForm) -> Tensor:
+    """What the last queries of a text give its keys.
+
+    Args:
+        logits: scaled products of the last ``L`` of ``N`` tokens, ``[H_kv, G, L, N]``.
+        future: which of the last keys lie in a query's future, bool ``[L, L]``.
+
+    Returns:
+        ``[H_kv, G, L, N]``; rows sum to 1, or to less where the form has sinks.
+    """
+    kv_heads, group, window, tokens = logits.shape
+    place = torch.arange(tokens, device=logits.device)
+    distance = (place - place[tokens - window :, None]).repeat(kv_heads, 1)
+    heads = torch.arange(kv_heads, device=logits.device).repeat_interleave(window)
+    rows = bent(logits.transpose(1, 2).flatten(0, 1), form, heads, distance)
+    hidden = future.repeat(kv_heads, 1)[:, None]
+    recent = rows[..., tokens - window :].masked_fill(hidden, float("-inf"))
+    rows = torch.cat([rows[..., : tokens - window], recent], dim=-1)
+    weights = weights_of(rows, form, heads)
+    return weights.view(kv_heads, window, group, tokens).transpose(1, 2)
+
+
 def _of_heads(vector: Tensor, kv_heads: Tensor, logits: Tensor) -> Tensor:
     """What ``vector [H_q]`` says of heads of ``logits [n, G, m]``, ``[n, G, 1]``."""
     by_group = vector.to(logits.dtype).view(-1, logits.shape[1])

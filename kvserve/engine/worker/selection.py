@@ -10,6 +10,7 @@ place, so it moves, is preempted and is forgotten with its page.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from kvserve.engine.worker.survivors import (
     keep_last,
     select,
 )
-from kvserve.kernels.score_form import Positions, ScoreForm
+from kvserve.kernels.score_form import Positions, ScoreForm, window_weights
 from kvserve.kernels.statistics import CachedRows
 from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan
@@ -350,9 +351,7 @@ class SelectingStep:
                 chunk[:, chunk.shape[1] - window :].float(),
                 scale,
                 total,
-                form.soft_cap,
-                form.sink_logits,
-                form.alibi_slopes,
+                partial(window_weights, form=form) if form else None,
             )
             kept = select(reader, layer, prompt, keys, values)
             self._survivors.setdefault(reader.request_id, []).append(kept)
