@@ -213,6 +213,7 @@ def test_the_full_plan_holds_every_block_that_the_model_shows(
     plan: PagePlan, tokens: int
 ) -> None:
     full, blocks = plan.full, blocks_of(tokens, plan.page_size)
+    assert not full.has_bounded_lanes or any(plan.local)
     most = [blocks] * plan.num_layers
     for layer, local in enumerate(plan.local):
         if local:

@@ -84,6 +84,8 @@ def test_steps_under_way_hold_at_most_what_the_plan_says(
         for computed in range(tokens)
     )
     assert plan.most_pages(tokens, in_flight) == most
+    if not any(local and local.is_chunk for local in plan.local):
+        assert plan.pages(tokens, in_flight) == most
 
 
 @given(shared_plans(), blocks)
