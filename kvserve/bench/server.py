@@ -42,17 +42,37 @@ def running_server(flags: Sequence[str], log: Path) -> Iterator[str]:
     command += ["--disable-uvicorn-access-log"]
     # Whoever ends us by a signal ends our server as well: an exit runs `finally`.
     before = {number: signal.signal(number, _exit) for number in _ENDINGS}
+    process = None
     try:
-        process = start(command, log)
         try:
+            with _signals_held_back():
+                process = start(command, log)
             base_url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(base_url, process, log)
             yield base_url
         finally:
-            stop(process)
+            if process is not None:
+                stop(process)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Have signals that end us wait: a server just forked has no name to end it by."""
+    held: list[int] = []
+    before = {
+        each: signal.signal(each, lambda number, _: held.append(number))
+        for each in (*_ENDINGS, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

@@ -96,14 +96,37 @@ def test_a_signal_to_the_benchmark_ends_its_server(
     number: signal.Signals, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is one of ours that is still to become healthy."""
+    found = ended_by(number, log, monkeypatch, while_it_forks=False)
+    assert_gone(*found)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_comes_while_a_server_is_forked_ends_it_as_well(
+    number: signal.Signals, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ended_by(number, log, monkeypatch, while_it_forks=True)
+    assert_gone(*found)
+
+
+def ended_by(
+    number: signal.Signals,
+    log: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    while_it_forks: bool,
+) -> tuple[subprocess.Popen[bytes], psutil.Process]:
+    """The server of a benchmark that a signal has ended, and the server's child."""
     found: list[tuple[subprocess.Popen[bytes], psutil.Process]] = []
 
     def start(_: object, log: Path) -> subprocess.Popen[bytes]:
         monkeypatch.setattr(server, "start", real)
         found.append(started(_WAITS, log))
+        if while_it_forks:
+            signal.raise_signal(number)
         return found[0][0]
 
     def healthy(*_: object) -> None:
+        assert not while_it_forks
         signal.raise_signal(number)
 
     real = server.start
@@ -114,7 +137,7 @@ def test_a_signal_to_the_benchmark_ends_its_server(
         server.running_server([], log),
     ):
         pass
-    assert_gone(*found[0])
+    return found[0]
 
 
 _BENCHMARK = """
