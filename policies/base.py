@@ -133,12 +133,18 @@ class HeadBudget:
         recent: Last tokens, likewise; ``None`` for a head that keeps everything.
         stride: Behind the sinks, pages are counted in turns of so many.
         shards: Of each turn, the places of pages that stay for good.
+        group: Behind the sinks, tokens are counted in groups of so many, in whole
+            pages; a group that has left the window is thinned. 0: there are none, and
+            what leaves the window is gone.
+        keep: Tokens of each group that stay, those of the highest scores.
     """
 
     sinks: int = 0
     recent: int | None = None
     stride: int = 1
     shards: frozenset[int] = frozenset()
+    group: int = 0
+    keep: int = 0
 
     @property
     def is_full(self) -> bool:
