@@ -27,7 +27,14 @@ _SOURCES = [
 ]
 _HEADERS = [
     FOLDER / name
-    for name in ("vectors.h", "pages.h", "numbers.h", "products.h", "scores.h")
+    for name in (
+        "vectors.h",
+        "pages.h",
+        "numbers.h",
+        "products.h",
+        "scores.h",
+        "gaps.h",
+    )
 ]
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
 _CPU_FEATURES = ("flags", "Features")

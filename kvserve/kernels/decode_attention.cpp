@@ -11,6 +11,7 @@
 #include <omp.h>
 #endif
 
+#include "gaps.h"
 #include "products.h"
 #include "scores.h"
 
@@ -31,9 +32,10 @@ constexpr int64_t AHEAD = 96;
 constexpr int64_t WORTH_THREADS = 1024;
 
 // One part of one row: its heads' sums over some of the row's pages, of whose tokens the
-// first `hidden` of the row are not seen.
+// first `hidden` of the row are not seen, nor those in its gap.
 struct Part {
     int64_t row, first, last, hidden;
+    Gap gap;
 };
 
 int64_t threads() {
@@ -146,6 +148,7 @@ template <class Page, class Product> class Attention {
         for (int64_t head = 0; first == 0 && head < group_; ++head)
             form_.start(form_.kv_head(row_), head, peaks[head], masses[head]);
         hidden_ = part.hidden;
+        gap_ = part.gap;
         for (int64_t start = std::max(first, hidden_ / TOKENS * TOKENS); start < last;
              start += TOKENS) {
             for (int64_t head = 0; head < group_; head += HEADS) {
@@ -196,9 +199,11 @@ template <class Page, class Product> class Attention {
             apply_scales(pool_, true, pages, start, padded, heads, TOKENS, logits_);
         if (form_.bends())
             bend(heads, head, pages, start, padded);
-        for (int i = 0; i < heads; ++i)
+        for (int i = 0; i < heads; ++i) {
+            gap_.hide(logits_ + i * TOKENS, start, count);
             soften(logits_ + i * TOKENS, hidden_ - start, count, padded,
                    sums + i * width, peaks[head + i], masses[head + i]);
+        }
         if (is_scaled<Page>)
             apply_scales(pool_, false, pages, start, count, heads, TOKENS, logits_);
         for (int i = 0; i < heads; ++i)
@@ -243,10 +248,12 @@ template <class Page, class Product> class Attention {
             mass *= fade;
             peak = top;
         }
+        // A head whose keys so far all lie in a gap: NEVER less NEVER would be no number.
+        const float base = peak == NEVER ? 0 : peak;
         Floats drawn = {};
         for (int64_t i = 0; i < padded; i += LANES) {
             Floats &place = vector_at(logits + i);
-            place = power_of_two(place * factor_ - peak);
+            place = power_of_two(place * factor_ - base);
             drawn += place;
         }
         mass += total(drawn);
@@ -257,6 +264,7 @@ template <class Page, class Product> class Attention {
     const Form form_;
     const float factor_;
     int64_t row_ = 0, hidden_ = 0;
+    Gap gap_{};
     Buffer<Number> queries_;
     Buffer<float> logits_;
 };
@@ -271,7 +279,8 @@ struct Sums {
 
 // Cut rows of `tokens` tokens in all so that threads have about equally much to read.
 std::vector<Part> cut(
-    const int32_t *lengths, int64_t rows, int64_t tokens, const Form &form) {
+    const int32_t *lengths, const int32_t *gaps, int64_t rows, int64_t tokens,
+    const Form &form) {
     // A few parts for each thread even out what they take.
     const int64_t aim = std::max(LEAST, tokens / (4 * threads()));
     std::vector<Part> parts;
@@ -281,7 +290,7 @@ std::vector<Part> cut(
         for (int64_t first = 0; first == 0 || first < lengths[row]; first += each)
             parts.push_back(
                 {row, first, std::min<int64_t>(first + each, lengths[row]),
-                 form.hidden(lengths[row])});
+                 form.hidden(lengths[row]), Gap::of(gaps, row)});
     }
     return parts;
 }
@@ -320,12 +329,12 @@ void join(
 
 template <class Page, class Product>
 void decode(
-    const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
-    const Pool<Page> &pool, Product, Numbers query, int64_t group, const Form &form,
-    Numbers out) {
+    const int32_t *table, int64_t stride, const int32_t *lengths, const int32_t *gaps,
+    int64_t rows, const Pool<Page> &pool, Product, Numbers query, int64_t group,
+    const Form &form, Numbers out) {
     const int64_t width = pool.width;
     const int64_t tokens = std::accumulate(lengths, lengths + rows, int64_t(0));
-    const std::vector<Part> parts = cut(lengths, rows, tokens, form);
+    const std::vector<Part> parts = cut(lengths, gaps, rows, tokens, form);
     const int64_t count = parts.size();
     const Sums found(count, group, width);
 #pragma omp parallel if (tokens > WORTH_THREADS)
@@ -356,15 +365,17 @@ void decode(
 
 // Arrays are contiguous, but for the page table, whose rows are `stride` apart. Queries
 // and `out` are bfloat16 or float32. A row without tokens gets zeros. `scores` may be
-// none; where they differ by head, rows are (token, KV head) in this order.
+// none; where they differ by head, rows are (token, KV head) in this order. `gaps` are
+// none, or a gap of each row, [rows, 2].
 extern "C" void decode_attention(
     const int32_t *table, int64_t stride, const int32_t *lengths, int64_t rows,
     int64_t kind, void *pool, int64_t page_size, int64_t width, int64_t is_half,
-    const void *query, int64_t group, float scale, void *out, const Scores *scores) {
+    const void *query, int64_t group, float scale, void *out, const Scores *scores,
+    const int32_t *gaps) {
     const Form form(scores, group, scale);
     with_products(
         kind, pool, page_size, width, is_half, [&](const auto &pages, auto product) {
-            decode(table, stride, lengths, rows, pages, product, {query, is_half}, group,
-                   form, {out, is_half});
+            decode(table, stride, lengths, gaps, rows, pages, product, {query, is_half},
+                   group, form, {out, is_half});
         });
 }

@@ -107,6 +107,7 @@ def decode_attention(
     out: Tensor,
     form: ScoreForm | None = None,
     positions: Positions | None = None,
+    gaps: Tensor | None = None,
 ) -> None:
     """Attention of one query per row over its own pages; sums are float32.
 
@@ -119,6 +120,8 @@ def decode_attention(
         out: ``[rows, G, d]``, contiguous, of the queries' type.
         form: how the model scores; rows are then ``(token, KV head)`` in this order.
         positions: of the tokens of ``rows`` and of the pool; slopes ask for them.
+        gaps: keys ``gap[0] .. gap[1] - 1`` of each row, which count in ``lengths`` but
+            no query sees, ``[rows, 2]`` int32, contiguous. Their values must be finite.
     """
     rows, group, width = query.shape
     _check_rows(query, out, page_table, query, lengths)
@@ -140,6 +143,7 @@ def decode_attention(
         scale,
         out.data_ptr(),
         scores,
+        _place_of(gaps, len(lengths)),
     )
 
 
@@ -154,6 +158,7 @@ def prefill_attention(
     out: Tensor,
     form: ScoreForm | None = None,
     positions: Positions | None = None,
+    gaps: Tensor | None = None,
 ) -> None:
     """Causal attention of rows of many queries over their own pages; sums are float32.
 
@@ -169,7 +174,7 @@ def prefill_attention(
         page_table: ``[rows, W]``, int32.
         out: ``[tokens, H_kv, G, d]``, contiguous, of the queries' type; what is in no
             row is left alone.
-        form, positions: as of :func:`decode_attention`, of ``tokens``.
+        form, positions, gaps: as of :func:`decode_attention`, of ``tokens``.
     """
     tokens, kv_heads, group, width = query.shape
     _check_rows(query, out, page_table, first, counts, lengths)
@@ -198,6 +203,7 @@ def prefill_attention(
         scale,
         out.data_ptr(),
         scores,
+        _place_of(gaps, len(lengths)),
     )
 
 
@@ -217,6 +223,16 @@ def _row_scores(
     return scores_of(form, heads, heads * group, places)
 
 
+def _place_of(gaps: Tensor | None, rows: int) -> int | None:
+    """Return where a gap of each row lies, if there are any."""
+    if gaps is None:
+        return None
+    _require(gaps.dtype == torch.int32, "gaps in int32")
+    _require(gaps.shape == (rows, 2), "a gap for each row")
+    _require(gaps.is_contiguous(), "contiguous gaps")
+    return gaps.data_ptr()
+
+
 def _slots(pool: Tensor) -> tuple[int, int]:
     return pool.shape[0], pool.shape[2]
 
@@ -231,7 +247,7 @@ def _attention_function(kind: str) -> Any:
     function.argtypes = [array, number, *[array] * count, number]
     function.argtypes += [number, array, number, number]
     function.argtypes += [number, array, *[number] * count, ctypes.c_float, array]
-    function.argtypes += [ctypes.POINTER(Scores)]
+    function.argtypes += [ctypes.POINTER(Scores), array]
     function.restype = None
     return function
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "gaps.h"
 #include "products.h"
 #include "scores.h"
 
@@ -86,12 +87,13 @@ inline void accumulate(
         store(sums + row * width, sum[row]);
 }
 
-// A row: its queries, the keys that the last of them sees, and its pages; and the token
-// of its first query, and its KV head.
+// A row: its queries, the keys that the last of them sees, and its pages; the token of
+// its first query, and its KV head; and keys that no query sees.
 struct Row {
     int64_t count, keys;
     const int32_t *pages;
     int64_t token, kv_head;
+    Gap gap;
 };
 
 // Where the (query, head) pairs of a row lie: queries `stride` apart, a query's heads one
@@ -176,6 +178,7 @@ template <class Page, class Product> class Attention {
             bend(row_of, tile, first, padded, pair);
         for (int row = 0; row < ROWS; ++row) {
             const int64_t later = (pair + row) / group_ - pair / group_;
+            row_of.gap.hide(logits_ + row * BLOCK, first, count);
             soften(
                 logits_ + row * BLOCK, form_.hidden(first + seen + later) - first,
                 std::min(count, seen + later), padded, pair + row);
@@ -274,7 +277,7 @@ struct Rows {
     const int32_t *table;
     int64_t table_stride;
     const int64_t *first;
-    const int32_t *counts, *lengths;
+    const int32_t *counts, *lengths, *gaps;
     int64_t rows;
     Numbers query;
     int64_t query_stride, kv_heads, group;
@@ -300,7 +303,8 @@ void prefill(const Rows &call, const Pool<Page> &pool, Product) {
             const int64_t head = kv_head * group * width;
             attention.run(
                 {call.counts[row], call.lengths[row],
-                 call.table + row * call.table_stride, token, kv_head},
+                 call.table + row * call.table_stride, token, kv_head,
+                 Gap::of(call.gaps, row)},
                 tiles[i],
                 {call.query.from(token * call.query_stride + head), call.query_stride,
                  group, width},
@@ -314,16 +318,16 @@ void prefill(const Rows &call, const Pool<Page> &pool, Product) {
 // Queries and `out` are [tokens, kv_heads, group, width], bfloat16 or float32, the
 // queries' tokens `query_stride` numbers apart. Row r has counts[r] queries, from (token,
 // KV head) number first[r] on. Its last query sees lengths[r] keys, and each query before
-// it one less. `scores` may be none.
+// it one less. `scores` may be none. `gaps` are none, or a gap of each row, [rows, 2].
 extern "C" void prefill_attention(
     const int32_t *table, int64_t table_stride, const int64_t *first,
     const int32_t *counts, const int32_t *lengths, int64_t rows, int64_t kind, void *pool,
     int64_t page_size, int64_t width, int64_t is_half, const void *query,
     int64_t query_stride, int64_t kv_heads, int64_t group, float scale, void *out,
-    const Scores *scores) {
-    const Rows call{table, table_stride, first, counts, lengths, rows, {query, is_half},
-                    query_stride, kv_heads, group, Form(scores, group, scale),
-                    {out, is_half}};
+    const Scores *scores, const int32_t *gaps) {
+    const Rows call{table, table_stride, first, counts, lengths, gaps, rows,
+                    {query, is_half}, query_stride, kv_heads, group,
+                    Form(scores, group, scale), {out, is_half}};
     with_products(
         kind, pool, page_size, width, is_half,
         [&](const auto &pages, auto product) { prefill(call, pages, product); });

@@ -64,12 +64,14 @@ def weights(
     form: ScoreForm,
     head: int,
     distance: Tensor | None = None,
+    gap: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """What one query of one query ``head`` gives each key that it sees, ``[m]``.
 
     Args:
         query: ``[d]``; ``keys``: ``[m, d]``.
         distance: of the keys from the query, ``[m]``.
+        gap: first and last of keys, the last exclusive, that it does not see.
     """
     logits = (keys.double() @ query.double()) * scale
     if form.soft_cap:
@@ -80,7 +82,9 @@ def weights(
         logits = logits + form.alibi_slopes[head].double() * distance.double()
     if form.window:
         logits[: max(len(keys) - form.window, 0)] = float("-inf")
+    logits[slice(*gap)] = float("-inf")
     powers, below = logits.exp(), 0.0
     if form.sink_logits is not None:
         below = float(form.sink_logits[head].double().exp())
-    return powers / (powers.sum() + below)
+    whole = powers.sum() + below
+    return powers / whole if whole else powers

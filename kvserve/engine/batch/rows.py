@@ -39,12 +39,15 @@ class RowShapes:
             head-major.
         seq_lens: keys that the row's last query sees, ``[rows]``.
         first: the same first queries as ``token * H_kv + head``, ``[rows]``.
+        gaps: keys ``gap[0] .. gap[1] - 1`` of each row, which count in ``seq_lens`` but
+            no query sees, ``[rows, 2]``; equal ends are no gap. ``None``: no row has.
     """
 
     num_decodes: int
     query_start: Int32Array
     seq_lens: Int32Array
     first: IntArray
+    gaps: Int32Array | None = None
 
 
 @dataclass

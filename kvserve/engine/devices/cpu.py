@@ -49,6 +49,7 @@ class PlannedRows:
         first: where the queries of each row behind begin, as ``RowShapes.first``.
         counts: how many they are, int32.
         stock: what vLLM's kernel wants to know, where ours does not serve.
+        gaps: keys that no query of a row sees, ``[rows, 2]`` int32, if any row has.
     """
 
     decodes: int
@@ -56,6 +57,7 @@ class PlannedRows:
     first: torch.Tensor
     counts: torch.Tensor
     stock: StockRows
+    gaps: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class CPUDevice(Device):
         counts = np.diff(shapes.query_start[decodes:])
         stock = StockRows(torch.from_numpy(shapes.query_start))
         first = torch.from_numpy(shapes.first[decodes:])
-        return PlannedRows(decodes, seq_lens, first, torch.from_numpy(counts), stock)
+        gaps = None if shapes.gaps is None else torch.from_numpy(shapes.gaps)
+        counted = torch.from_numpy(counts)
+        return PlannedRows(decodes, seq_lens, first, counted, stock, gaps)
 
     def _can_attend(self) -> bool:
         """Tell whether our own kernels take these pages."""
@@ -231,7 +235,7 @@ class CPUDevice(Device):
             self._attend_stock(query, pool, rows, page_table, scale, out, form)
             return
         group, width = self._group_size, self._head_size
-        decodes, lengths = rows.decodes, rows.seq_lens
+        decodes, lengths, gaps = rows.decodes, rows.seq_lens, rows.gaps
         scores = form, positions
         if decodes:
             tokens = decodes * group // query.shape[1]
@@ -244,6 +248,7 @@ class CPUDevice(Device):
                 scale,
                 out[:tokens].view(-1, group, width),
                 *scores,
+                None if gaps is None else gaps[:decodes],
             )
         if len(rows.counts):
             native.prefill_attention(
@@ -256,7 +261,12 @@ class CPUDevice(Device):
                 scale,
                 out.view(len(query), -1, group, width),
                 *scores,
+                None if gaps is None else gaps[decodes:],
             )
+
+    @property
+    def supports_gaps(self) -> bool:
+        return self._has_kernels
 
     def supports(self, form: ScoreForm) -> bool:
         # vLLM's kernel is called with one KV head, whose sinks and slopes would be
@@ -276,6 +286,8 @@ class CPUDevice(Device):
     ) -> None:
         if form and not self.supports(form):
             raise NotImplementedError("sinks or slopes in vLLM's kernel")
+        if rows.gaps is not None:
+            raise NotImplementedError("gaps in vLLM's kernel")
         window = form.window if form and form.window else -1
         schedules, query_start = rows.stock.schedules, rows.stock.query_start
         if window not in schedules:

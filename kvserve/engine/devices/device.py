@@ -106,6 +106,11 @@ class Device(ABC):
             positions: of tokens and slots; a form's slopes ask for them.
         """
 
+    @property
+    def supports_gaps(self) -> bool:
+        """Tell whether rows may hide keys (``RowShapes.gaps``) from their queries."""
+        return False
+
     def supports(self, form: ScoreForm) -> bool:
         """Tell whether the kernels that serve here score as a model asks for."""
         return True

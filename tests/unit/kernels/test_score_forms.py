@@ -68,19 +68,32 @@ class Rows:
         )
 
     def drawn(
-        self, row: int, query: Tensor, seen: int, form: ScoreForm, head: int
+        self,
+        row: int,
+        query: Tensor,
+        seen: int,
+        form: ScoreForm,
+        head: int,
+        gap: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """What ``query [d]`` of key ``seen`` gives a row's keys so far."""
         before = len(self.keys[row]) - seen
         distance = self.positions[row][:seen] - (LAST - before)
-        return weights(query, self.keys[row][:seen], SCALE, form, head, distance)
+        keys = self.keys[row][:seen]
+        return weights(query, keys, SCALE, form, head, distance, gap)
 
     def wanted(
-        self, row: int, query: Tensor, seen: int, form: ScoreForm, head: int
+        self,
+        row: int,
+        query: Tensor,
+        seen: int,
+        form: ScoreForm,
+        head: int,
+        gap: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """What it gets."""
         values = self.values[row][:seen].double()
-        return self.drawn(row, query, seen, form, head) @ values
+        return self.drawn(row, query, seen, form, head, gap) @ values
 
 
 def worst_error(out: Tensor, wanted: Tensor) -> float:

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// A hole in a row's keys: places of a page that is only partly filled, with pages behind.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+// Keys [first, last) of a row, which none of its queries sees. They get weights of 0, so
+// keys there may be anything, but values, and scales, must be numbers.
+struct Gap {
+    int64_t first, last;
+
+    // Of `gaps` [rows, 2], or none.
+    static Gap of(const int32_t *gaps, int64_t row) {
+        return gaps ? Gap{gaps[2 * row], gaps[2 * row + 1]} : Gap{0, 0};
+    }
+
+    // Hide it from the logits of `count` keys from `start` on.
+    void hide(float *logits, int64_t start, int64_t count) const {
+        const int64_t from = std::max<int64_t>(first - start, 0);
+        const int64_t to = std::min(last - start, count);
+        if (from < to)
+            std::fill(logits + from, logits + to, NEVER);
+    }
+};
+
+} // namespace
