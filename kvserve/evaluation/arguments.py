@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvserve.evaluation.catalogue import built_in
+from kvserve.evaluation.catalogue import built_in, groups
 from kvserve.evaluation.contenders import DTYPES
 from kvserve.models import add_model
 from kvserve.processor import default_dtype
@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   kvserve eval --policy retrieval:budget=0.25 --policy snapkv:budget=0.25
   kvserve eval MODEL --policy sink-recent:budget=512 --task needle,multikey \\
       --length 1024,4096 --samples 16 --out report/
+  kvserve eval --policy snapkv --task ruler --question both --length 4096
   kvserve eval --policy h2o --task questions.jsonl      your own prompts and answers
   kvserve eval --find-budget 0.99 --policy retrieval --length 4096
   kvserve eval --url http://127.0.0.1:8000              a server that is running
@@ -52,8 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         metavar="NAME|FILE.jsonl,...",
-        help=f"{', '.join(built_in())}, or a file of lines "
-        '{"prompt": ..., "answer": ...} (default: needle)',
+        help=f"{', '.join(built_in())}; {', '.join(groups())} for all of a kind; or a "
+        'file of lines {"prompt": ..., "answer": ...} (default: needle)',
+    )
+    parser.add_argument(
+        "--question",
+        choices=("after", "before", "both"),
+        default="after",
+        help="where a task that asks of a text has its question: a policy that judges "
+        "tokens as they are written knows only one that comes before. Tasks asked so "
+        "end in -before (default: after)",
     )
     parser.add_argument(
         "--length",

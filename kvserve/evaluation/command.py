@@ -10,12 +10,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvserve.errors import UserError
 from kvserve.evaluation.arguments import BOOK
-from kvserve.evaluation.catalogue import built_in
+from kvserve.evaluation.assignments import assignments_of, lengths_of
 from kvserve.evaluation.contenders import (
     LocalEngine,
     PolicyContender,
@@ -27,8 +26,6 @@ from kvserve.evaluation.report import Heading, make_tables, write_report
 from kvserve.evaluation.runner import REFERENCE, Assignment, Contender, Runner
 from kvserve.evaluation.store import Cell, Store
 from kvserve.evaluation.summary import Line, Summary
-from kvserve.evaluation.tasks import Task
-from kvserve.evaluation.user_task import load_user_task
 from kvserve.profiling.fast import profile_arguments
 from kvserve.texts.haystack import load_book, load_text
 from kvserve.units import parse_bytes
@@ -84,10 +81,8 @@ def prepare(args: argparse.Namespace) -> Work:
         raise UserError(f"--samples {args.samples}: must be at least 1")
     if args.find_budget is not None and not 0 < args.find_budget <= 1:
         raise UserError(f"--find-budget {args.find_budget}: must lie in 0 to 1")
-    lengths = _lengths(args)
+    lengths = lengths_of(args)
     text = load_text(args.haystack, "--haystack") if args.haystack else load_book(BOOK)
-    names = [name for part in args.task or ["needle"] for name in part.split(",")]
-    tasks = _tasks(names)
     model = load_model(args.model)
     for length in lengths:
         if length > model.limit:
@@ -95,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Work:
                 f"--length {length}: {model.name} reads at most {model.limit} tokens, "
                 "prompt and reply together"
             )
-    assignments = _assignments(args, names, tasks, lengths, model, text)
+    assignments = assignments_of(args, lengths, model.tokenizer, text)
     longest = max(
         max(sample.request.tokens for sample in assignment.samples)
         for assignment in assignments
@@ -119,59 +114,6 @@ def prepare(args: argparse.Namespace) -> Work:
     if args.kv_cache_dtype != "auto":
         conditions["kv_cache_dtype"] = args.kv_cache_dtype
     return Work(model, assignments, conditions, max([longest, *lengths]))
-
-
-def _lengths(args: argparse.Namespace) -> list[int]:
-    default = "4096" if args.find_budget is not None else "1024,2048,4096"
-    parts = [one for part in args.length or [default] for one in part.split(",")]
-    try:
-        lengths = sorted({int(part) for part in parts})
-    except ValueError:
-        raise UserError(
-            f"--length {','.join(parts)}: expected numbers of tokens, e.g. 1024,4096"
-        ) from None
-    if lengths[0] < 1:
-        raise UserError(f"--length {lengths[0]}: must be a number of tokens")
-    if args.find_budget is not None and len(lengths) > 1:
-        raise UserError("--find-budget: a server has one budget; give one --length")
-    return lengths
-
-
-def _tasks(names: list[str]) -> dict[str, Task]:
-    known = built_in()
-    for name in names:
-        if name not in known and not name.endswith(".jsonl"):
-            raise UserError(
-                f"--task {name}: unknown; choose among {', '.join(known)}, or name a "
-                "file that ends in .jsonl"
-            )
-    return {name: known[name] for name in known if name in names}
-
-
-def _assignments(
-    args: argparse.Namespace,
-    names: list[str],
-    tasks: dict[str, Task],
-    lengths: list[int],
-    model: EvaluatedModel,
-    text: str,
-) -> list[Assignment]:
-    made = [
-        Assignment(
-            task,
-            length,
-            task.samples(model.tokenizer, text, args.seed, length, args.samples),
-        )
-        for length in lengths
-        for task in tasks.values()
-    ]
-    for name in names:
-        if name.endswith(".jsonl"):
-            user = load_user_task(Path(name), model.tokenizer)
-            if user.task.name in built_in():
-                raise UserError(f"--task {name}: is called like a task that ships")
-            made.append(Assignment(user.task, user.mean_length, user.samples))
-    return made
 
 
 def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:

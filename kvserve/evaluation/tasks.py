@@ -8,11 +8,14 @@ the model's context. Every sample follows from (task, seed, length, index) alone
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
+
+REPLY = 256
+"""Tokens of a long reply, unless it is said."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Place:
     Attributes:
         length: tokens of prompt and reply together.
         index: number of the sample, of ``count``.
+        question_first: ask ahead of the context, not behind it.
+        reply: tokens of a long reply, where the task asks for one.
     """
 
     tokenizer: Any
@@ -49,6 +54,8 @@ class Place:
     length: int
     index: int
     count: int
+    question_first: bool = False
+    reply: int = REPLY
 
     @property
     def depth(self) -> float:
@@ -68,6 +75,8 @@ class Task:
         kind: how replies become scores: ``answers`` counts strings that were found,
             ``perplexity`` and ``agreement`` look at probabilities.
         what: one line for people.
+        has_question: its question may stand ahead of the context as well.
+        question_first: it does.
         forces: needs an engine that takes forced tokens.
     """
 
@@ -76,19 +85,50 @@ class Task:
     what: str
     build: Build
     has_depth: bool = False
+    has_question: bool = False
+    question_first: bool = False
     forces: bool = False
 
+    def asked_before(self) -> Task:
+        """The same prompts, their question ahead of the context."""
+        return replace(
+            self,
+            name=f"{self.name}-before",
+            what=f"{self.what}, asked before the text",
+            question_first=True,
+        )
+
     def samples(
-        self, tokenizer: Any, text: str, seed: int, length: int, count: int
+        self,
+        tokenizer: Any,
+        text: str,
+        seed: int,
+        length: int,
+        count: int,
+        reply: int = REPLY,
     ) -> list[Sample]:
         """Make all samples of one length.
+
+        Args:
+            reply: tokens of a long reply, where the task asks for one.
 
         Raises:
             UserError: the length is too short for the task.
         """
         try:
             return [
-                self.build(Place(tokenizer, text, seed, length, index, count))
+                self.build(
+                    Place(
+                        tokenizer,
+                        text,
+                        seed,
+                        length,
+                        index,
+                        count,
+                        self.question_first,
+                        reply,
+                    )
+                )
                 for index in range(count)
             ]
         except UserError as error:

@@ -71,7 +71,7 @@ class NeedlePrompt:
     """A prompt ready to be sent.
 
     Attributes:
-        token_ids: The prompt with the chat template applied, the question at its end.
+        token_ids: The prompt with the chat template applied.
         needle_span: ``[start, end)`` of the hidden sentence in ``token_ids``.
         answer_span: ``[start, end)`` of the answer inside that sentence.
     """
@@ -95,6 +95,7 @@ def build_prompt(
     *,
     seed: int = 0,
     text: str | None = None,
+    question_first: bool = False,
 ) -> NeedlePrompt:
     """Hide needle ``index`` of ``family`` in ``num_tokens`` tokens of prose.
 
@@ -105,6 +106,7 @@ def build_prompt(
         depth: Where the needle is hidden: 0 the beginning, 1 the end.
         index: Number of the needle; the passage of prose also depends on it.
         text: Prose to hide it in; ``None`` is the family's book.
+        question_first: Ask ahead of the prose, not behind it.
 
     Raises:
         UserError: ``num_tokens`` leaves no room for prose, or the tokenizer cannot
@@ -119,7 +121,7 @@ def build_prompt(
         tokenizer,
         prose,
         num_tokens,
-        lambda haystack: _assemble(tokenizer, haystack, needle, depth),
+        lambda haystack: _assemble(tokenizer, haystack, needle, depth, question_first),
     )
     if prompt is None:
         raise UserError(
@@ -184,9 +186,14 @@ def _draw(
     return slots
 
 
-def _assemble(tokenizer: Any, prose: str, needle: Needle, depth: float) -> NeedlePrompt:
+def _assemble(
+    tokenizer: Any, prose: str, needle: Needle, depth: float, question_first: bool
+) -> NeedlePrompt:
     context, _ = insert(prose, needle.sentence, depth)
-    content = f"{context}\n\n{_INSTRUCTION}\nQuestion: {needle.question}"
+    asked = f"{_INSTRUCTION}\nQuestion: {needle.question}"
+    content = f"{context}\n\n{asked}"
+    if question_first:
+        content = f"{asked.replace('above', 'below')}\n\n{context}"
     rendered = chat(tokenizer, content, needle.reply)
     token_ids, offsets = encode(tokenizer, rendered)
     first = rendered.index(needle.sentence)

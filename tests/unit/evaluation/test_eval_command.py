@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 
 from kvserve.cli import main
 from kvserve.evaluation import command
+from kvserve.evaluation.arguments import add_arguments
+from kvserve.evaluation.assignments import assignments_of
+from kvserve.evaluation.catalogue import groups
 from kvserve.evaluation.contenders import LocalEngine, PolicyContender
 from kvserve.evaluation.model import EvaluatedModel
+from kvserve.texts.haystack import load_book
 from policies.base import ModelShape
 from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.fake_backend import FakeBackend
@@ -131,6 +136,25 @@ def test_the_finder_prints_how_to_serve_the_least_budget(
     )
     assert len(opened) <= 7
     assert (tmp_path / "report.html").exists()
+
+
+def test_both_places_of_a_question_stand_side_by_side(tmp_path: Path) -> None:
+    asked = ("--length", "2048", "--task", "needle", "--question", "both")
+    assert evaluate(tmp_path, *asked) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["tasks"]) == ["needle", "needle-before"]
+
+
+def test_ruler_is_all_of_its_tasks_once() -> None:
+    args = parse("--task", "vt,ruler", "--samples", "1")
+    made = assignments_of(args, [4000], byte_tokenizer(), load_book("persuasion"))
+    assert [one.task.name for one in made] == list(groups()["ruler"])
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize(

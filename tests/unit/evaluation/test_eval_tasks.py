@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from kvserve.evaluation.continuations import (
     nll,
     top1_share,
 )
-from kvserve.evaluation.ruler import WORDS
+from kvserve.evaluation.prompts import WORDS
 from kvserve.evaluation.tasks import Sample
 from kvserve.evaluation.user_task import load_user_task, read_questions
 from kvserve.texts.families import PROFILING
@@ -39,6 +40,19 @@ DIGESTS = {
     "tracking": "3389ccb137f3",
     "counting": "ac585fb21571",
     "second-turn": "da5d1e90ef34",
+    "niah_single_1": "d86e6cef1e42",
+    "niah_single_2": "a75de416b4da",
+    "niah_single_3": "83d162c29734",
+    "niah_multikey_1": "ed7ae361faf1",
+    "niah_multikey_2": "98453221c0bd",
+    "niah_multikey_3": "07b67b4447ed",
+    "niah_multivalue": "79743bc4a5f2",
+    "niah_multiquery": "f5521c4cb9a7",
+    "vt": "d2fa5d3902a3",
+    "cwe": "e2c1b3042106",
+    "fwe": "8165d8df30e7",
+    "qa_1": "1c369364e0bc",
+    "qa_2": "a671e427d32e",
     "perplexity": "b44b267403a8",
     "agreement": "0fb2dcf674d7",
 }
@@ -67,12 +81,18 @@ def make(
     return TASKS[name].samples(tokenizer, load_book("persuasion"), seed, length, 4)
 
 
+@functools.cache
+def made(name: str, tokenizer: Any) -> list[Sample]:
+    """What most tests look at, made once."""
+    return make(name, tokenizer)
+
+
 @NAMES
 def test_a_request_fills_its_length_and_is_never_longer(
     name: str, tokenizer: Any, chatty: Any
 ) -> None:
     for one in (tokenizer, chatty):
-        for sample in make(name, one):
+        for sample in made(name, one):
             assert 0.9 * LENGTH <= sample.request.tokens <= LENGTH
 
 
@@ -90,7 +110,7 @@ def test_prompts_are_the_same_on_every_machine(tokenizer: Any) -> None:
     digests = {
         name: hashlib.sha256(
             json.dumps(
-                [[s.request.prompt, s.request.forced] for s in make(name, tokenizer)]
+                [[s.request.prompt, s.request.forced] for s in made(name, tokenizer)]
             ).encode()
         ).hexdigest()[:12]
         for name in TASKS
@@ -102,7 +122,7 @@ def test_prompts_are_the_same_on_every_machine(tokenizer: Any) -> None:
 def test_answers_lie_in_the_context_and_depths_where_they_are_said(
     name: str, tokenizer: Any
 ) -> None:
-    for sample in make(name, tokenizer):
+    for sample in made(name, tokenizer):
         prompt = tokenizer.decode(sample.request.prompt)
         for answer in sample.answers:
             assert answer in prompt
@@ -121,7 +141,7 @@ def test_a_length_without_room_is_refused_with_task_and_length(
 
 
 def test_multikey_hides_four_keys_of_one_form(tokenizer: Any) -> None:
-    for sample in make("multikey", tokenizer):
+    for sample in made("multikey", tokenizer):
         prompt = tokenizer.decode(sample.request.prompt)
         assert prompt.count("One of the special magic numbers for") == 5
         assert sample.score(f"It is {sample.answers[0]}.") == 1
@@ -129,13 +149,13 @@ def test_multikey_hides_four_keys_of_one_form(tokenizer: Any) -> None:
 
 
 def test_multivalue_scores_the_share_of_values_found(tokenizer: Any) -> None:
-    sample = make("multivalue", tokenizer)[0]
+    sample = made("multivalue", tokenizer)[0]
     assert len(sample.answers) == 4
     assert sample.score(" and ".join(sample.answers[:3])) == 0.75
 
 
 def test_tracking_hides_a_chain_in_its_order(tokenizer: Any) -> None:
-    for sample in make("tracking", tokenizer):
+    for sample in made("tracking", tokenizer):
         prompt = tokenizer.decode(sample.request.prompt)
         places = [prompt.index(f"VAR {name} = ") for name in sample.answers]
         assert places == sorted(places)
@@ -144,7 +164,7 @@ def test_tracking_hides_a_chain_in_its_order(tokenizer: Any) -> None:
 
 
 def test_counting_lists_its_answers_ten_times_as_often(tokenizer: Any) -> None:
-    for sample in make("counting", tokenizer):
+    for sample in made("counting", tokenizer):
         listed = tokenizer.decode(sample.request.prompt).split("\n")[0].split()[1::2]
         common = [listed.count(word) for word in sample.answers]
         others = [listed.count(word) for word in set(listed) - set(sample.answers)]
@@ -155,7 +175,7 @@ def test_counting_lists_its_answers_ten_times_as_often(tokenizer: Any) -> None:
 def test_second_turn_forces_the_first_answer_and_asks_for_the_other(
     chatty: Any,
 ) -> None:
-    for sample in make("second-turn", chatty):
+    for sample in made("second-turn", chatty):
         prompt = chatty.decode(sample.request.prompt)
         forced = chatty.decode(sample.request.forced)
         said = forced.split(".")[0].strip()
