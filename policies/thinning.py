@@ -13,16 +13,26 @@ A policy of this kind is a scorer: one method, in a file of its own.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvserve.errors import UserError
 from policies.base import (
     Capabilities,
     HeadBudget,
     ModelShape,
     StreamingPolicy,
     parameter,
+)
+from policies.history import (
+    Keeps,
+    even_shares,
+    history_path,
+    keeps_within,
+    load_shares,
 )
 
 if TYPE_CHECKING:
@@ -69,18 +79,69 @@ class ThinningPolicy(StreamingPolicy):
         128, "tokens that are judged together, in whole pages", minimum=1
     )
 
+    profile: str | None = parameter(
+        None,
+        "file of `kvserve profile scorer`, which says how much each head keeps; "
+        "without it, the one that ships for the model, else all heads keep as much",
+    )
+
+    @property
+    def floor(self) -> float:
+        """Tokens that every head holds, however few of its history: the sinks, the
+        window and, on average, half a group that is not yet complete."""
+        return self.sinks + self.recent + self.group / 2
+
+    def files(self, model_name: str) -> dict[str, Path]:
+        path = history_path(self.profile, model_name)
+        found = {"profile": path} if path.is_file() else {}
+        return {**super().files(model_name), **found}
+
     def budgets(
         self, model: ModelShape, tokens: int
     ) -> tuple[tuple[HeadBudget, ...], ...]:
-        length = min(self.length or tokens, tokens)
-        # On average a group that is not yet complete is held besides.
-        held = self.sinks + self.recent + self.group / 2
-        history = max(length - held, 1)
-        keep = round(max(self.budget * length - held, 0) / history * self.group)
-        head = HeadBudget(
-            self.sinks, self.recent, group=self.group, keep=min(keep, self.group)
+        """Share out what the budget leaves for history, as the profile has it.
+
+        Raises:
+            UserError: the budget does not pay for sinks and window, or the profile is
+                not of this model.
+        """
+        keeps = self._keeps(model, min(self.length or tokens, tokens))
+        return tuple(tuple(map(self._head, layer)) for layer in keeps)
+
+    def remark(self, model: ModelShape) -> str:
+        """Say what heads keep of what leaves their windows."""
+        layers = self.budgets(model, model.max_tokens)
+        keeps = [head.keep for layer in layers for head in layer]
+        if load_shares(self.profile, model):
+            return (
+                f"of each {self.group} tokens that leave the window heads keep "
+                f"{min(keeps)} to {max(keeps)}, on average "
+                f"{sum(keeps) / len(keeps):.1f}"
+            )
+        return (
+            f"of each {self.group} tokens that leave the window every head keeps "
+            f"{keeps[0]}, for it is not known which heads of {model.name} need more: "
+            "`kvserve profile scorer MODEL` finds out"
         )
-        return ((head,) * model.num_kv_heads,) * model.num_layers
+
+    def _keeps(self, model: ModelShape, length: int) -> Keeps:
+        """Tokens of each group that every head keeps for a request of ``length``."""
+        floor = min(self.floor, length)
+        if self.budget * length < floor:
+            least = math.ceil(floor / length * 1000) / 1000
+            raise UserError(
+                f"--policy-arg budget={self.budget}: sinks, window and half a group "
+                f"take {least:.1%} of {length} tokens; give at least {least}, or a "
+                "smaller recent or group"
+            )
+        heads = model.num_layers * model.num_kv_heads
+        history = (self.budget * length - floor) / max(length - floor, 1e-9)
+        total = math.floor(min(history, 1) * self.group * heads + 1e-6)
+        shares = load_shares(self.profile, model) or even_shares(model)
+        return keeps_within(shares, self.group, total)
+
+    def _head(self, keep: int) -> HeadBudget:
+        return HeadBudget(self.sinks, self.recent, group=self.group, keep=keep)
 
     @abstractmethod
     def scores(self, model: ModelShape, layer: int, groups: Groups) -> Tensor:
