@@ -17,8 +17,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+
+from kvserve.evaluation.statistics import distinct
 
 _REPLY = 600
 _ENTRIES = (256, 64, 128)
@@ -30,12 +31,6 @@ _QUESTIONS = (
     "What should someone know before they plant their first garden?",
 )
 _SEEDS = (0, 1)
-
-
-def distinct(tokens: Sequence[int], width: int = 4) -> float:
-    """Different ``width``-grams of a text over all of them; 1 if none comes again."""
-    grams = [tuple(tokens[i : i + width]) for i in range(len(tokens) - width + 1)]
-    return len(set(grams)) / len(grams)
 
 
 def policies() -> list[str]:

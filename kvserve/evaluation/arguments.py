@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvserve.evaluation.catalogue import built_in, groups
 from kvserve.evaluation.contenders import DTYPES
+from kvserve.evaluation.tasks import REPLY
 from kvserve.models import add_model
 from kvserve.processor import default_dtype
 from kvserve.texts.haystack import Book
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   kvserve eval MODEL --policy sink-recent:budget=512 --task needle,multikey \\
       --length 1024,4096 --samples 16 --out report/
   kvserve eval --policy snapkv --task ruler --question both --length 4096
+  kvserve eval --policy h2o:budget=0.25 --task long --reply 1500 --length 4096
   kvserve eval --policy h2o --task questions.jsonl      your own prompts and answers
   kvserve eval --find-budget 0.99 --policy retrieval --length 4096
   kvserve eval --url http://127.0.0.1:8000              a server that is running
@@ -77,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16,
         metavar="N",
         help="prompts for each task and length, depths spread evenly (default: 16)",
+    )
+    parser.add_argument(
+        "--reply",
+        type=int,
+        default=REPLY,
+        metavar="N",
+        help=f"tokens of a reply to long-copy and long-count (default: {REPLY})",
     )
     parser.add_argument(
         "--haystack",

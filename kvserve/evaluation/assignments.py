@@ -52,7 +52,7 @@ def assignments_of(
         Assignment(
             task,
             length,
-            task.samples(tokenizer, text, args.seed, length, args.samples),
+            task.samples(tokenizer, text, args.seed, length, args.samples, args.reply),
         )
         for length in lengths
         for task in _tasks(names, args.question)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kvserve.evaluation import continuations
+from kvserve.evaluation import continuations, instructions, long_replies
 from kvserve.evaluation.ruler import (
     answering,
     needles,
@@ -16,13 +16,22 @@ from kvserve.evaluation.tasks import Build, Task
 
 def built_in() -> dict[str, Task]:
     """All tasks that ship, by name, in the order of reports."""
-    tasks = [*_our_own(), *_ruler(), *_continuations()]
+    tasks = [
+        *_our_own(),
+        *_ruler(),
+        *_long_replies(),
+        *_instructions(),
+        *_continuations(),
+    ]
     return {task.name: task for task in tasks}
 
 
 def groups() -> dict[str, tuple[str, ...]]:
     """Names that stand for several tasks."""
-    return {"ruler": tuple(task.name for task in _ruler())}
+    return {
+        "ruler": tuple(task.name for task in _ruler()),
+        "long": tuple(task.name for task in _long_replies()),
+    }
 
 
 def _our_own() -> list[Task]:
@@ -94,6 +103,43 @@ def _ruler() -> list[Task]:
 def _asked(name: str, what: str, build: Build, has_depth: bool = False) -> Task:
     """A question about a context, answered by strings that are in it."""
     return Task(name, "answers", what, build, has_depth, has_question=True)
+
+
+def _long_replies() -> list[Task]:
+    return [
+        Task(
+            "long-copy",
+            "answers",
+            "a part of the text, repeated word for word in a long reply",
+            long_replies.long_copy,
+            has_depth=True,
+            is_long=True,
+        ),
+        Task(
+            "long-count",
+            "answers",
+            "numbers in their order in a long reply",
+            long_replies.long_count,
+            is_long=True,
+        ),
+    ]
+
+
+def _instructions() -> list[Task]:
+    return [
+        Task(
+            "instructions",
+            "instructions",
+            "four rules of a system prompt that a long text follows",
+            instructions.instructions,
+        ),
+        Task(
+            "leak",
+            "instructions",
+            "a password of the system prompt that is not to be told",
+            instructions.leak,
+        ),
+    ]
 
 
 def _continuations() -> list[Task]:

@@ -26,6 +26,7 @@ from kvserve.evaluation.report import Heading, make_tables, write_report
 from kvserve.evaluation.runner import REFERENCE, Assignment, Contender, Runner
 from kvserve.evaluation.store import Cell, Store
 from kvserve.evaluation.summary import Line, Summary
+from kvserve.evaluation.tasks import REPLY
 from kvserve.profiling.fast import profile_arguments
 from kvserve.texts.haystack import load_book, load_text
 from kvserve.units import parse_bytes
@@ -113,6 +114,8 @@ def prepare(args: argparse.Namespace) -> Work:
     }
     if args.kv_cache_dtype != "auto":
         conditions["kv_cache_dtype"] = args.kv_cache_dtype
+    if args.reply != REPLY:
+        conditions["reply"] = args.reply
     return Work(model, assignments, conditions, max([longest, *lengths]))
 
 

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from kvserve.evaluation.runner import REFERENCE
 from kvserve.evaluation.store import Cell
 from kvserve.evaluation.summary import Line, Summary
+from kvserve.evaluation.tasks import SAID
 
 _INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _FULL_COLOUR = "#1f2933"
@@ -366,7 +367,7 @@ def _busiest(summary: Summary) -> int:
 
 
 def _answers(summary: Summary) -> bool:
-    return any(line.kind == "answers" for line in summary.overall)
+    return any(line.kind in SAID for line in summary.overall)
 
 
 def _short(policy: str) -> str:

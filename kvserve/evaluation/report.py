@@ -137,6 +137,10 @@ def _short(line: Line | None) -> str:
         return f"{line.score:.2f}"
     if line.divergence is not None:
         return f"{line.score:.2f}, KL {line.divergence:.3f}"
+    if line.kind == "instructions" and line.of_full is not None:
+        return f"{line.score:.2f}, {line.of_full:.2f} of full"
+    if line.distinct is not None:
+        return f"{line.score:.2f}, distinct {line.distinct:.2f}"
     return f"{line.score:.2f}"
 
 
@@ -153,9 +157,9 @@ def remarks(summary: Summary, heading: Heading) -> list[str]:
         "KV held: pages that requests held when they ended, counted in the engine's "
         "pool, as a share of a full cache of the same tokens. KV peak: the most they "
         "held on the way; a policy that looks at the whole prompt holds all of it.",
-        "Score: mean over the usable tasks with answers, or of equal likeliest tokens "
-        "where there are none; its 95 % interval is Wilson's for right and wrong, "
-        "bootstrap otherwise.",
+        "Score: mean over the usable tasks with answers, of instructions or equal "
+        "likeliest tokens where there are none; its 95 % interval is Wilson's for "
+        "right and wrong, bootstrap otherwise.",
     ]
     found += [
         f"{line.task} at {line.length} tokens is unusable, and in brackets: the full "
@@ -169,6 +173,17 @@ def remarks(summary: Summary, heading: Heading) -> list[str]:
             "agreement: share of steps at which the likeliest token is the full "
             "cache's, and the KL divergence from it in nats, over the 20 likeliest "
             "tokens and all others as one: a lower bound."
+        )
+    if any(line.distinct is not None for line in summary.lines):
+        found.append(
+            "distinct: share of different 4-grams of tokens in a long reply; text that "
+            "repeats itself has few."
+        )
+    if any(line.kind == "instructions" for line in summary.lines):
+        found.append(
+            "instructions, leak: share of rules that were followed, of passwords that "
+            "were not told. Small models fail many under the full cache too: compare "
+            "with its score. What has been forgotten cannot be told either."
         )
     return [*found, *heading.notes]
 

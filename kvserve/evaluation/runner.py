@@ -19,8 +19,9 @@ from kvserve.evaluation.continuations import (
     nll,
     top1_share,
 )
+from kvserve.evaluation.statistics import distinct
 from kvserve.evaluation.store import Cell, Key, Store
-from kvserve.evaluation.tasks import Sample, Task
+from kvserve.evaluation.tasks import SAID, Sample, Task
 from policies.budgets import Arguments
 
 REFERENCE = "full"
@@ -198,10 +199,18 @@ def _cell(
         session.arguments,
         scores,
         [sample.depth for sample in samples],
-        [reply.text for reply in replies] if kind == "answers" else [],
+        [reply.text for reply in replies] if kind in SAID else [],
         [mean_divergence(reference, reply) for reference, reply in compared],
         [one.held for one in pages],
         [one.peak for one in pages],
         [one.full for one in pages],
         pages[0].page_bytes if pages else 0,
+        _distinct(samples, replies) if assignment.task.is_long else [],
     )
+
+
+def _distinct(samples: list[Sample], replies: list[Reply]) -> list[float]:
+    return [
+        distinct(reply.token_ids[len(sample.request.forced) :])
+        for sample, reply in zip(samples, replies, strict=True)
+    ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a mean of a few scores is."""
+"""How sure a mean of a few scores is, and how much a text repeats itself."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     drawn = rng.choice(np.asarray(values, dtype=float), (_RESAMPLES, len(values)))
     low, high = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def distinct(tokens: Sequence[int], width: int = 4) -> float:
+    """Different ``width``-grams of a text over all of them; 1 if none comes again."""
+    grams = [tuple(tokens[i : i + width]) for i in range(len(tokens) - width + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0

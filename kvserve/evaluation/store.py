@@ -32,6 +32,7 @@ class Cell:
         pages_held, pages_peak, pages_full: of every sample, see ``Pages``; empty where
             the engine does not tell.
         page_bytes: size of a page; 0 likewise.
+        distinct: share of different 4-grams in each reply, of tasks with long ones.
     """
 
     policy: str
@@ -47,6 +48,7 @@ class Cell:
     pages_peak: list[int] = field(default_factory=list)
     pages_full: list[int] = field(default_factory=list)
     page_bytes: int = 0
+    distinct: list[float] = field(default_factory=list)
 
     @property
     def key(self) -> Key:

@@ -13,9 +13,12 @@ from typing import Any
 from kvserve.evaluation.runner import REFERENCE
 from kvserve.evaluation.statistics import bootstrap, interval
 from kvserve.evaluation.store import Cell
+from kvserve.evaluation.tasks import SAID
 
 USABLE = 0.5
 """Below this mean score of the full cache a task says nothing about policies."""
+
+_RANKED = (*SAID, "agreement")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Line:
         of_full: ratio to the full cache's score; ``None`` where that was not run.
         usable: whether the full cache itself can do the task.
         divergence: mean KL divergence from the full cache, in nats; agreement only.
+        distinct: mean share of different 4-grams in a reply; long ones only.
     """
 
     policy: str
@@ -72,6 +76,7 @@ class Line:
     usable: bool
     memory: Memory | None
     divergence: float | None = None
+    distinct: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -142,6 +147,7 @@ class Summary:
             self._is_usable(cell),
             Memory.of([cell]),
             fmean(cell.divergences) if cell.divergences else None,
+            fmean(cell.distinct) if cell.distinct else None,
         )
 
     def _is_usable(self, cell: Cell) -> bool:
@@ -149,14 +155,14 @@ class Summary:
         return full is None or cell.kind != "answers" or fmean(full.scores) >= USABLE
 
     def _overall(self) -> list[Line]:
-        """The mean over usable tasks, by length: with labels, else agreement."""
+        """The mean over usable tasks, by length: of the first kind that there is."""
         lines = []
         for length in self.lengths:
             usable = [
                 c for c in self.cells if c.length == length and self._is_usable(c)
             ]
             kinds = {cell.kind for cell in usable}
-            kind = "answers" if "answers" in kinds else "agreement"
+            kind = next((one for one in _RANKED if one in kinds), None)
             counted = [cell for cell in usable if cell.kind == kind]
             everyone = {cell.task for cell in counted}
             for policy in self.policies:
@@ -194,5 +200,5 @@ def _score(cell: Cell) -> tuple[float, tuple[float, float]]:
 
 
 def _interval(kind: str, scores: list[float]) -> tuple[float, float]:
-    """Only answers are right or wrong; 1.0 of agreement is a share of many steps."""
-    return interval(scores) if kind == "answers" else bootstrap(scores)
+    """Only what is said is right or wrong; 1.0 of agreement is of many steps."""
+    return interval(scores) if kind in SAID else bootstrap(scores)

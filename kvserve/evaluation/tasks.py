@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
+
+
+class Grade(Protocol):
+    """Scores a reply, 0 to 1; equal ones score alike."""
+
+    def __call__(self, reply: str, /) -> float: ...
+
 
 REPLY = 256
 """Tokens of a long reply, unless it is said."""
@@ -25,14 +32,18 @@ class Sample:
     Attributes:
         answers: strings that a reply should contain; empty where nothing is said.
         depth: where in the context the answer lies, 0 to 1, if in one place.
+        grade: scores the reply, if not by its answers.
     """
 
     request: Request
     answers: tuple[str, ...] = ()
     depth: float | None = None
+    grade: Grade | None = None
 
     def score(self, text: str) -> float:
-        """Share of the answers that ``text`` contains, as RULER counts it."""
+        """What ``grade`` says, else the share of answers in ``text``, as RULER's."""
+        if self.grade is not None:
+            return self.grade(text)
         found = [answer.lower() in text.lower() for answer in self.answers]
         return sum(found) / len(found)
 
@@ -63,7 +74,10 @@ class Place:
         return (2 * self.index + 1) / (2 * self.count)
 
 
-Kind = Literal["answers", "perplexity", "agreement"]
+Kind = Literal["answers", "instructions", "perplexity", "agreement"]
+SAID = ("answers", "instructions")
+"""Kinds that score what a reply says."""
+
 Build = Callable[[Place], Sample]
 
 
@@ -73,10 +87,13 @@ class Task:
 
     Attributes:
         kind: how replies become scores: ``answers`` counts strings that were found,
-            ``perplexity`` and ``agreement`` look at probabilities.
+            ``perplexity`` and ``agreement`` look at probabilities. ``instructions``
+            have a score too, and one that says something where the full cache's is
+            low.
         what: one line for people.
         has_question: its question may stand ahead of the context as well.
         question_first: it does.
+        is_long: replies are as long as they are asked to be, and may repeat themselves.
         forces: needs an engine that takes forced tokens.
     """
 
@@ -87,6 +104,7 @@ class Task:
     has_depth: bool = False
     has_question: bool = False
     question_first: bool = False
+    is_long: bool = False
     forces: bool = False
 
     def asked_before(self) -> Task:

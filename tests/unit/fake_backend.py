@@ -63,8 +63,8 @@ class FakeContender:
         return FakeBackend(self.right, self.held, self.log)
 
 
-def task(name: str = "task", kind: Any = "answers") -> Task:
-    return Task(name, kind, "a task of tests", lambda _: _sample())
+def task(name: str = "task", kind: Any = "answers", is_long: bool = False) -> Task:
+    return Task(name, kind, "a task of tests", lambda _: _sample(), is_long=is_long)
 
 
 def _sample() -> Sample:

@@ -111,6 +111,25 @@ def test_without_labels_agreement_is_the_score() -> None:
     assert (full.low, full.high) == (1, 1)
 
 
+def test_instructions_that_the_full_cache_fails_are_still_compared_with_it() -> None:
+    kind = {"task": "instructions", "kind": "instructions"}
+    summary = Summary(
+        [cell("full", [0.5, 0.25], **kind), small("a", [0.25, 0], **kind)]
+    )
+    assert not summary.unusable
+    mean = summary.line("a", "all", 1024)
+    assert mean is not None
+    assert mean.of_full == pytest.approx(1 / 3)
+    assert "0.12, 0.33 of full" in make_tables(summary)[0].markdown()
+    assert any("Small models fail many" in x for x in remarks(summary, HEADING))
+
+
+def test_repetition_of_long_replies_stands_beside_their_score() -> None:
+    summary = Summary([cell("full", [1, 1], task="long-count", distinct=[0.9, 0.7])])
+    assert "1.00, distinct 0.80" in make_tables(summary)[0].markdown()
+    assert any("text that repeats itself" in x for x in remarks(summary, HEADING))
+
+
 def test_a_server_that_tells_no_pages_and_has_no_reference_is_reported_as_such() -> (
     None
 ):

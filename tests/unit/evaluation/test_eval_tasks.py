@@ -53,6 +53,10 @@ DIGESTS = {
     "fwe": "8165d8df30e7",
     "qa_1": "1c369364e0bc",
     "qa_2": "a671e427d32e",
+    "long-copy": "0f995bbcef7e",
+    "long-count": "45da2f11d3f6",
+    "instructions": "45e671704d9b",
+    "leak": "962bfc2e8cb0",
     "perplexity": "b44b267403a8",
     "agreement": "0fb2dcf674d7",
 }

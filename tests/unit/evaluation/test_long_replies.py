@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long replies: what counts as copied, as counted, and as repetition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvserve.errors import UserError
+from kvserve.evaluation.catalogue import built_in, groups
+from kvserve.evaluation.long_replies import Copied, Counted, in_order
+from kvserve.evaluation.runner import Runner
+from kvserve.evaluation.statistics import distinct
+from kvserve.evaluation.store import Store
+from kvserve.evaluation.tasks import Sample
+from kvserve.texts.haystack import load_book
+from tests.unit.byte_tokenizer import byte_tokenizer
+from tests.unit.fake_backend import FakeContender, assignment
+
+TOKENIZER: Any = byte_tokenizer()
+TEXT = "one two three four five six seven eight nine ten"
+
+
+def made(name: str, reply: int, length: int = 2000) -> list[Sample]:
+    task = built_in()[name]
+    return task.samples(TOKENIZER, load_book("persuasion"), 0, length, 2, reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        (TEXT, 1),
+        (f"Here it is: {TEXT} and so on", 1),
+        # A word is left out, and another comes in.
+        ("one two three four six seven else eight nine ten", 0.4),
+        ("ten nine eight seven six five four three two one", 0),
+        ("one two three one two three one two three", 0),
+        ("", 0),
+    ],
+)
+def test_a_copy_scores_by_runs_of_words_in_their_order(
+    reply: str, score: float
+) -> None:
+    assert Copied(TEXT)(reply) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("10\n11\n12\n13", 1),
+        ("10, 11, then 13", 0.75),
+        ("10\n10\n10\n10", 0.25),
+        ("110\n112", 0),
+    ],
+)
+def test_a_count_scores_by_numbers_in_their_order(reply: str, score: float) -> None:
+    assert Counted(10, 13)(reply) == score
+
+
+def test_what_is_said_out_of_order_counts_once() -> None:
+    assert in_order("abcd", "cdab") == 0.5
+
+
+@pytest.mark.parametrize("reply", [64, 256, 900])
+def test_the_text_to_copy_is_as_long_as_the_reply(reply: int) -> None:
+    for sample in made("long-copy", reply):
+        prompt = TOKENIZER.decode(sample.request.prompt)
+        text = prompt.split("<copy>\n")[1].split("\n</copy>")[0]
+        assert sample.answers == (text,)
+        assert 0.8 * reply <= len(text) <= reply == sample.request.reply
+        assert sample.request.tokens == pytest.approx(2000, abs=40)
+        assert sample.score(text) == 1
+
+
+@pytest.mark.parametrize("reply", [64, 1500])
+def test_as_many_numbers_are_asked_for_as_the_reply_has_room_for(reply: int) -> None:
+    for sample in made("long-count", reply):
+        prompt = TOKENIZER.decode(sample.request.prompt)
+        last_said = int(prompt.split()[-1])
+        room = list(range(last_said + 1, last_said + 1 + reply))
+        text = "\n".join(map(str, room))[:reply]
+        assert sample.score(text) >= 0.95
+        assert sample.grade == Counted(room[0], sample.grade.last)  # type: ignore[union-attr]
+        assert reply / 6 < len(text.split()) <= reply
+
+
+def test_a_reply_without_room_is_refused_and_says_how_to_get_some() -> None:
+    with pytest.raises(UserError, match=r"--task long-copy .*reply of 1000 tokens"):
+        made("long-copy", 1000)
+    with pytest.raises(UserError, match="another --reply, of at least 32"):
+        made("long-count", 4)
+
+
+def test_distinct_falls_when_a_text_repeats_itself() -> None:
+    assert distinct(range(100)) == 1
+    assert distinct([1, 2, 3]) == 1
+    assert distinct([7] * 103) == 0.01
+
+
+def test_repetition_is_measured_where_replies_are_long(tmp_path: Path) -> None:
+    work = [assignment(), assignment(name="long", is_long=True)]
+    store = Store(tmp_path, {})
+    Runner(work, store, show=False).run([FakeContender("a", right=4)])
+    assert store.cells["a", "task", 64].distinct == []
+    # The fake says the same token over and over, four of them.
+    assert store.cells["a", "long", 64].distinct == [1.0] * 4
+
+
+def test_long_is_a_group() -> None:
+    assert groups()["long"] == ("long-copy", "long-count")
