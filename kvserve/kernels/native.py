@@ -22,7 +22,7 @@ from kvserve.kernels.native_scores import Scores, places_of, scores_of
 from kvserve.kernels.score_form import Positions, ScoreForm
 from kvserve.kernels.statistics import CachedRows
 
-_WIDTH_STEP = 32
+WIDTH_STEP = 32
 """Head sizes and pages that fill whole vectors, two at a time, on every CPU."""
 _MODEL_TYPES = (torch.float32, torch.bfloat16)
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
@@ -34,7 +34,7 @@ _SCALE_BYTES = 8
 
 def can_attend(dtype: torch.dtype, head_size: int, page_size: int) -> bool:
     """Tell whether the two kernels of attention take such queries, and their pages."""
-    fits = head_size % _WIDTH_STEP == page_size % _WIDTH_STEP == 0
+    fits = head_size % WIDTH_STEP == page_size % WIDTH_STEP == 0
     return fits and dtype in _MODEL_TYPES and library() is not None
 
 

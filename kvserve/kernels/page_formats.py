@@ -114,7 +114,12 @@ class PageFormat:
         return numbers, (of_keys, of_values)
 
 
-BFLOAT16 = PageFormat("bfloat16", torch.bfloat16, torch.bfloat16)
+def plain(dtype: torch.dtype) -> PageFormat:
+    """Return the format of pages that hold numbers of a model's type as they are."""
+    return PageFormat(str(dtype).removeprefix("torch."), dtype, dtype)
+
+
+BFLOAT16 = plain(torch.bfloat16)
 INT8 = PageFormat("int8_per_token_head", torch.int8, torch.int8, 127.0)
 FP8 = PageFormat("fp8_per_token_head", torch.uint8, torch.float8_e4m3fn, 448.0)
 FORMATS = {known.name: known for known in (BFLOAT16, INT8, FP8)}

@@ -35,6 +35,7 @@ def row_attention(
     page_table: Tensor,
     scale: float,
     scores: RowScores | None = None,
+    gaps: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every row's queries over its own pages.
 
@@ -50,6 +51,8 @@ def row_attention(
         page_table: ``[rows, W]`` int32; key ``j`` of row ``r`` is at offset
             ``j % page_size`` of page ``page_table[r, j // page_size]``.
         scores: how the model scores, and which heads and tokens rows are of.
+        gaps: keys ``gap[0] .. gap[1] - 1`` of each row, which count in ``seq_lens`` but
+            no query sees, ``[rows, 2]`` int32.
 
     Returns:
         ``[n, G, D]`` of query's type; zeros for a query that sees no key.
@@ -62,7 +65,8 @@ def row_attention(
             continue
         asked, pages = query[first:last], page_table[row]
         keys, values = gather_row(pool, pages, seq_len)
-        weights = _weights(asked, keys, scale, scores, row, pages)
+        gap = _gap_of(gaps, row)
+        weights = _weights(asked, keys, scale, scores, row, pages, gap)
         found = torch.einsum("qgk,kd->qgd", weights, values.to(weights.dtype))
         out[first:last] = found.to(query.dtype)
     return out
@@ -77,6 +81,7 @@ def add_row_mass(
     scale: float,
     drawn: Tensor,
     scores: RowScores | None = None,
+    gaps: Tensor | None = None,
 ) -> None:
     """Add what cached tokens draw from rows of one query; other rows add nothing.
 
@@ -91,7 +96,8 @@ def add_row_mass(
             continue
         keys, _ = gather_row(pool, page_table[row], seq_len)
         asked, pages = query[first:last], page_table[row]
-        weights = _weights(asked, keys, scale, scores, row, pages)
+        gap = _gap_of(gaps, row)
+        weights = _weights(asked, keys, scale, scores, row, pages, gap)
         token = torch.arange(seq_len, device=drawn.device)
         page = page_table[row].long()[token // pool.shape[2]]
         drawn[page, token % pool.shape[2]] += weights.sum((0, 1)).to(drawn.dtype)
@@ -106,6 +112,10 @@ def gather_row(pool: Tensor, pages: Tensor, seq_len: int) -> tuple[Tensor, Tenso
     return keys, values
 
 
+def _gap_of(gaps: Tensor | None, row: int) -> slice:
+    return slice(0) if gaps is None else slice(*gaps[row].tolist())
+
+
 def _weights(
     query: Tensor,
     keys: Tensor,
@@ -113,6 +123,7 @@ def _weights(
     scores: RowScores | None,
     row: int,
     pages: Tensor,
+    gap: slice,
 ) -> Tensor:
     """What ``query [q_len, G, D]`` gives each of ``keys [seq_len, D]``."""
     precise = torch.promote_types(query.dtype, torch.float32)
@@ -129,6 +140,7 @@ def _weights(
     hidden = token[None, None, :] > last_seen[:, None, None]
     if form is not None and form.window:
         hidden |= token[None, None, :] <= last_seen[:, None, None] - form.window
+    hidden[..., gap] = True
     weights = weights_of(logits.masked_fill(hidden, float("-inf")), form, heads)
     return weights.masked_fill(hidden, 0.0)  # NaN where a query sees no key
 

@@ -54,6 +54,7 @@ def _attend(
     slope,
     position,
     window,
+    gap,
     G: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -65,6 +66,7 @@ def _attend(
     CAPPED: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOWED: tl.constexpr,
+    GAPS: tl.constexpr,
     MASKED: tl.constexpr,
     EMIT: tl.constexpr,
 ):
@@ -73,11 +75,15 @@ def _attend(
     ``first`` is a multiple of BLOCK_N. Unless MASKED, ``last`` is one too and every
     query sees every key; MASKED lets query m see keys ``j < seen[m]``. EMIT leaves the
     first G queries' scores at ``scores[slot, g]``. CAPPED, SLOPES and WINDOWED are of
-    the form, see ``triton_scores``: ``slope`` and ``position`` are of each query.
+    the form, see ``triton_scores``: ``slope`` and ``position`` are of each query. GAPS
+    hides keys ``gap[0] .. gap[1] - 1`` from all of them.
     """
     dim = tl.arange(0, HEAD_PAD)
     head = tl.arange(0, query.shape[0])
     lane = tl.arange(0, BLOCK_N)
+    if GAPS:
+        gap_first = tl.load(gap)
+        gap_last = tl.load(gap + 1)
     # A block's pages are looked up one block ahead, or each load of keys would wait
     # for another load.
     page = tl.load(pages + (first + lane) // PAGE_SIZE, first + lane < last, other=0)
@@ -114,6 +120,9 @@ def _attend(
         if WINDOWED:
             hidden = token[None, :] < seen[:, None] - window
             score = tl.where(hidden, float("-inf"), score)
+        if GAPS:
+            in_gap = (token >= gap_first) & (token < gap_last)
+            score = tl.where(in_gap[None, :], float("-inf"), score)
         if EMIT:
             emitted = (head < G)[:, None] & (token < last)[None, :]
             tl.store(scores + slot[None, :] * G + head[:, None], score, mask=emitted)
@@ -144,6 +153,7 @@ def split_kernel(
     query_start,
     seq_lens,
     page_table,
+    gaps,
     out,
     partial,
     partial_softmax,
@@ -176,6 +186,7 @@ def split_kernel(
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOWED: tl.constexpr,
+    GAPS: tl.constexpr,
     EMIT: tl.constexpr,
 ):
     """One split of a row with one query: its output, or its share for join_kernel."""
@@ -209,15 +220,15 @@ def split_kernel(
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, first, whole, seen, acc, peak, mass, pool, scales, pages, scores, scale,
-        positions, cap, slope, position, window,
+        positions, cap, slope, position, window, gaps + row * 2,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, WINDOWED, False, EMIT,
+        PRECISION, CAPPED, SLOPES, WINDOWED, GAPS, False, EMIT,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, scores, scale,
-        positions, cap, slope, position, window,
+        positions, cap, slope, position, window, gaps + row * 2,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, WINDOWED, True, EMIT,
+        PRECISION, CAPPED, SLOPES, WINDOWED, GAPS, True, EMIT,
     )  # fmt: skip
 
     if splits == 1:
@@ -274,7 +285,7 @@ def join_kernel(
             partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=wanted, other=0.0
         )
         new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        # Splits that lie before the row's window have seen nothing.
+        # Splits that lie before the row's window, or in its gap, have seen nothing.
         base_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weight = tl.exp2(peaks - base_peak)
         fade = tl.exp2(peak - base_peak)
@@ -282,7 +293,8 @@ def join_kernel(
         mass = mass * fade + tl.sum(masses * weight, 0)
         peak = new_peak
     where = out + (begin.to(tl.int64) * G + head) * HEAD_SIZE + dim
-    tl.store(where, (acc / mass).to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    result = acc / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(where, result.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
     if EMIT:
         tl.store(row_softmax + (row * G + head) * 2, peak)
         tl.store(row_softmax + (row * G + head) * 2 + 1, mass)
@@ -296,6 +308,7 @@ def tile_kernel(
     query_start,
     seq_lens,
     page_table,
+    gaps,
     out,
     sinks,
     slopes,
@@ -321,6 +334,7 @@ def tile_kernel(
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOWED: tl.constexpr,
+    GAPS: tl.constexpr,
 ):
     """One tile (BLOCK_M // G queries x G heads) of a row with several queries."""
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -357,15 +371,15 @@ def tile_kernel(
     pages = page_table + row.to(tl.int64) * table_stride
     acc, peak, mass = _attend(
         q, 0, whole, seen, acc, peak, mass, pool, scales, pages, pool, scale,
-        positions, cap, slope, position, window,
+        positions, cap, slope, position, window, gaps + row * 2,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, WINDOWED, False, False,
+        PRECISION, CAPPED, SLOPES, WINDOWED, GAPS, False, False,
     )  # fmt: skip
     acc, peak, mass = _attend(
         q, whole, last, seen, acc, peak, mass, pool, scales, pages, pool, scale,
-        positions, cap, slope, position, window,
+        positions, cap, slope, position, window, gaps + row * 2,
         G, HEAD_SIZE, HEAD_PAD, PAGE_SIZE, PAGE_STRIDE, SCALED, BLOCK_N,
-        PRECISION, CAPPED, SLOPES, WINDOWED, True, False,
+        PRECISION, CAPPED, SLOPES, WINDOWED, GAPS, True, False,
     )  # fmt: skip
     result = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)

@@ -41,6 +41,9 @@ def mass_kernel(
     at = (row * G + head) * 2
     peak = tl.load(row_softmax + at, mask=head < G, other=0.0)
     mass = tl.load(row_softmax + at + 1, mask=head < G, other=1.0)
+    # A row that sees nothing but a gap: its scores are -inf, as its peak is.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.where(mass == 0.0, 1.0, mass)
     pages = page_table + row.to(tl.int64) * table_stride
     for start in range(first, last, KEYS_AT_ONCE):
         token = start + tl.arange(0, KEYS_AT_ONCE)

@@ -62,6 +62,27 @@ class Tile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows as kernels read them; fields as the arguments of ``row_attention``."""
+
+    query_start: Tensor
+    seq_lens: Tensor
+    page_table: Tensor
+    gaps: Tensor | None
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """What kernels take; where there are no gaps, anything."""
+        gaps = self.query_start if self.gaps is None else self.gaps
+        return self.query_start, self.seq_lens, self.page_table, gaps
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        """What kernels are compiled for."""
+        return {"GAPS": self.gaps is not None}
+
+
 def row_attention(
     query: Tensor,
     pool: Tensor,
@@ -74,6 +95,7 @@ def row_attention(
     mass: Mass | None = None,
     page_format: PageFormat | None = None,
     scores: RowScores | None = None,
+    gaps: Tensor | None = None,
 ) -> None:
     """Causal attention of every row's queries over its own pages, into ``out``.
 
@@ -96,43 +118,48 @@ def row_attention(
         mass: where to add what the tokens of rows of one query draw, if anywhere.
         page_format: what pages hold; ``None``: query's type.
         scores: how the model scores, and which heads and tokens rows are of.
+        gaps: keys ``gap[0] .. gap[1] - 1`` of each row, which count in ``seq_lens`` but
+            no query sees, ``[rows, 2]`` int32, contiguous. Their values must be finite.
 
     Raises:
         ValueError: scores are of other heads, or slopes have no positions.
     """
     pages = Pages.of(pool, page_format, query)
-    _check(query, out, page_table)
+    _check(query, out, page_table, gaps)
     if seq_lens.numel() == 0 or query.numel() == 0:
         return
-    rows = (query_start, seq_lens, page_table)
+    rows = _Rows(query_start, seq_lens, page_table, gaps)
     slots = pool.shape[0], pool.shape[2]
     form = Scores.of(scores, query.shape[1], slots, query_start)
-    _attend_single(query, pages, *rows, scale, out, form, mass)
+    _attend_single(query, pages, rows, scale, out, form, mass)
     if max_query_len > 1:
-        _attend_many(query, pages, *rows, scale, out, form, max_query_len)
+        _attend_many(query, pages, rows, scale, out, form, max_query_len)
 
 
-def _check(query: Tensor, out: Tensor, page_table: Tensor) -> None:
+def _check(query: Tensor, out: Tensor, page_table: Tensor, gaps: Tensor | None) -> None:
     assert query.dtype == out.dtype
     assert query.is_contiguous()
     assert out.is_contiguous()
     assert query.shape == out.shape
     assert page_table.stride(1) == 1
+    if gaps is not None:
+        assert gaps.shape == (len(page_table), 2)
+        assert gaps.dtype == torch.int32
+        assert gaps.is_contiguous()
 
 
 def _attend_single(
     query: Tensor,
     pages: Pages,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    page_table: Tensor,
+    of: _Rows,
     scale: float,
     out: Tensor,
     form: Scores,
     mass: Mass | None,
 ) -> None:
     """The rows of one query; arguments as in ``row_attention``."""
-    rows, width = page_table.shape
+    rows, width = of.page_table.shape
+    stride = of.page_table.stride(0)
     group, head_size = query.shape[1:]
     tile = single_query_tile(query)
     longest = width * pages.page_size
@@ -149,23 +176,23 @@ def _attend_single(
     launch = _launch(query, tile)
     emit, least = mass is not None, MIN_SPLIT_TOKENS // tile.block_n
     split_kernel[(programs,)](
-        query, pages.numbers, pages.scales, query_start, seq_lens, page_table, out,
+        query, pages.numbers, pages.scales, *of.arrays, out,
         partial, partial_softmax, row_splits, scores, row_softmax,
         *form.arrays, *form.numbers,
-        scale * LOG2_E, rows, programs, page_table.stride(0),
+        scale * LOG2_E, rows, programs, stride,
         G=group, **pages.constants, **launch, MIN_BLOCKS=least, EMIT=emit,
-        **form.constants,
+        **form.constants, **of.constants,
     )  # fmt: skip
     if extra:
         join_kernel[(rows, group)](
-            query_start, out, partial, partial_softmax, row_splits, row_softmax,
+            of.query_start, out, partial, partial_softmax, row_splits, row_softmax,
             G=group, HEAD_SIZE=head_size, HEAD_PAD=pages.constants["HEAD_PAD"],
             SPLITS_AT_ONCE=32, EMIT=emit,
         )  # fmt: skip
     if mass is not None:
         mass_kernel[(programs,)](
-            query_start, seq_lens, page_table, mass.scores, row_softmax, mass.drawn,
-            rows, programs, page_table.stride(0),
+            *of.arrays[:3], mass.scores, row_softmax, mass.drawn,
+            rows, programs, stride,
             G=group, G_PAD=triton.next_power_of_2(group), PAGE_SIZE=pages.page_size,
             BLOCK_N=tile.block_n, MIN_BLOCKS=least, KEYS_AT_ONCE=KEYS_AT_ONCE,
         )  # fmt: skip
@@ -174,24 +201,22 @@ def _attend_single(
 def _attend_many(
     query: Tensor,
     pages: Pages,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    page_table: Tensor,
+    of: _Rows,
     scale: float,
     out: Tensor,
     form: Scores,
     max_query_len: int,
 ) -> None:
     """The rows of two queries and more; arguments as in ``row_attention``."""
-    rows = seq_lens.shape[0]
+    rows = len(of.seq_lens)
     tile = many_queries_tile(query, max_query_len, bool(pages.constants["SCALED"]))
     # A bound: a row has at most one tile that is not full.
     tiles = query.shape[0] // (tile.block_m // query.shape[1]) + rows
     tile_kernel[(tiles,)](
-        query, pages.numbers, pages.scales, query_start, seq_lens, page_table, out,
-        *form.arrays, *form.numbers, scale * LOG2_E, rows, page_table.stride(0),
+        query, pages.numbers, pages.scales, *of.arrays, out,
+        *form.arrays, *form.numbers, scale * LOG2_E, rows, of.page_table.stride(0),
         G=query.shape[1], **pages.constants, **_launch(query, tile),
-        **form.constants,
+        **form.constants, **of.constants,
     )  # fmt: skip
 
 

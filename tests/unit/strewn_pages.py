@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvserve.kernels.page_formats import FORMATS, PageFormat
+from kvserve.kernels.page_formats import FORMATS, PageFormat, plain
 
-FLOAT32 = PageFormat("float32", torch.float32, torch.float32)
+FLOAT32 = plain(torch.float32)
 STORED = {FLOAT32.name: FLOAT32, **FORMATS}
 """Every type that a page may have, by name."""
 

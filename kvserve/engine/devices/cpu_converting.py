@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU's kernels over pages of another type than the model's.
+"""The CPU's kernels over pages that they lay out themselves.
 
-``--kv-cache-dtype`` asks for it. Numbers are rounded, and scaled where a page holds
-bytes, when they are written; attention multiplies what pages hold, in float32.
+``--kv-cache-dtype`` asks for it, for a type that is not the model's: numbers are
+rounded, and scaled where a page holds bytes, when they are written; attention
+multiplies what pages hold, in float32. Rows with gaps ask for it where vLLM's kernel
+has a layout that ours do not read (AMX).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from kvserve.kernels.page_formats import PageFormat
 
 
 class ConvertingCPUDevice(CPUDevice):
-    """Our own kernels alone: vLLM's know no such pages.
+    """Our own kernels alone: vLLM's know no such pages, or no gaps.
 
     Raises:
         UserError: the kernels do not take the model's shape, or were not compiled.

@@ -35,6 +35,7 @@ class TritonRows:
         most_queries: no row has more; 1 means decode alone.
         first: what a row's first query is of, as ``RowShapes.first``; ``None`` where
             that is ``query_start``.
+        gaps: keys that no query of a row sees, ``[rows, 2]`` int32, if any row may.
     """
 
     decodes: int
@@ -42,6 +43,7 @@ class TritonRows:
     seq_lens: torch.Tensor
     most_queries: int
     first: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
 
 
 class TritonDevice(Device):
@@ -69,7 +71,12 @@ class TritonDevice(Device):
             upload(shapes.seq_lens, self.device),
             int(np.diff(shapes.query_start).max(initial=1)),
             upload(shapes.first, self.device),
+            None if shapes.gaps is None else upload(shapes.gaps, self.device),
         )
+
+    @property
+    def supports_gaps(self) -> bool:
+        return True
 
     def write(
         self,
@@ -152,6 +159,7 @@ class TritonDevice(Device):
             rows.most_queries,
             page_format=self._format,
             scores=RowScores(form, first, positions) if form else None,
+            gaps=rows.gaps,
         )
         if not is_decode:
             order.put_back(out_rows, out)

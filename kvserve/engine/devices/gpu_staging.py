@@ -28,10 +28,16 @@ class DeviceStaging:
     Args:
         mirror: the page tables of decode rows.
         page_size: tokens of a page.
+        gaps: rows may have gaps. Those of a decode step then say so whether they do or
+            not: a graph that was captured without could not follow.
     """
 
     def __init__(
-        self, kernels: TritonDevice, mirror: TableMirror, page_size: int
+        self,
+        kernels: TritonDevice,
+        mirror: TableMirror,
+        page_size: int,
+        gaps: bool = False,
     ) -> None:
         self._kernels, self._mirror, self._page_size = kernels, mirror, page_size
         self._device = device = kernels.device
@@ -40,6 +46,7 @@ class DeviceStaging:
         rows = requests * self._heads
         self._slots = Buffer(layers * rows, torch.int64, device)
         self._seq_lens = Buffer(layers * rows, torch.int32, device)
+        self._gaps = Buffer(layers * rows * 2, torch.int32, device) if gaps else None
         with torch.inference_mode(False):
             self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
@@ -63,12 +70,28 @@ class DeviceStaging:
             longest = int(seq_lens.max(initial=1))
             self._mirror.update(own // self._heads, blocks_of(longest, self._page_size))
         starts, lengths = self._starts[: rows + 1], self._seq_lens.put(seq_lens)
+        rows_of = zip(lengths, self._decode_gaps(step, rows), strict=True)
         return StagedRows(
             tokens,
-            [TritonRows(rows, starts, lens, 1) for lens in lengths],
+            [TritonRows(rows, starts, lens, 1, gaps=gaps) for lens, gaps in rows_of],
             self._mirror.first_rows(tokens),
             self._slots.put(slots),
         )
+
+    def _decode_gaps(
+        self, step: StepRows | None, rows: int
+    ) -> Sequence[torch.Tensor | None]:
+        """Gaps of each layer's decode rows, ``[layers]`` of ``[rows, 2]``."""
+        shapes = step.shapes if step is not None else []
+        if self._gaps is None:
+            assert all(shape.gaps is None for shape in shapes), "gaps nobody announced"
+            return [None] * self._layers
+        gaps = np.zeros((self._layers, rows, 2), dtype=np.int32)
+        for layer, number in enumerate(step.shape_of_layer if step is not None else []):
+            own = shapes[number].gaps
+            if own is not None:
+                gaps[layer, : len(own)] = own
+        return [*self._gaps.put(gaps)]
 
     def _stage_mixed(self, step: StepRows, tables: list[Array]) -> StagedRows:
         """Rows of a step that reads prompts, which no graph replays."""

@@ -16,7 +16,9 @@ from kvserve.engine.devices.cpu_converting import ConvertingCPUDevice
 from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.staging import HostStaging, Staging
 from kvserve.engine.spec import HeadPagedSpec
-from kvserve.kernels.page_formats import PageFormat
+from kvserve.errors import UserError
+from kvserve.kernels import native
+from kvserve.kernels.page_formats import PageFormat, plain
 
 
 def has_gpu() -> bool:
@@ -50,12 +52,42 @@ def cpu_kernels(
     group_size: int,
     head_size: int,
     page_size: int,
+    gaps: bool = False,
 ) -> CPUDevice:
-    """Make what writes and reads pages of a format, or of the model's ``dtype``."""
+    """Make what writes and reads pages of a format, or of the model's ``dtype``.
+
+    Args:
+        gaps: rows may hide keys from their queries, which vLLM's kernel cannot.
+
+    Raises:
+        UserError: our kernels do not serve here, and must.
+    """
     shape = dtype, group_size, head_size, page_size
+    if gaps:
+        _require_own_kernels(dtype, head_size, page_size)
     if page_format is None:
-        return CPUDevice(*shape)
+        kernels = CPUDevice(*shape)
+        if kernels.supports_gaps or not gaps:
+            return kernels
+        # Pages are laid out for vLLM's kernel here, unless ours write them too.
+        page_format = plain(dtype)
     return ConvertingCPUDevice(page_format, *shape)
+
+
+def _require_own_kernels(dtype: torch.dtype, head_size: int, page_size: int) -> None:
+    """Refuse what our kernels on CPUs do not take, and say what they ask for."""
+    if native.can_attend(dtype, head_size, page_size):
+        return
+    if dtype == torch.float16:
+        missing = "a model in another type than float16: give --dtype bfloat16"
+    elif head_size % native.WIDTH_STEP:
+        missing = f"heads of a multiple of {native.WIDTH_STEP} numbers, not {head_size}"
+    else:
+        missing = "a C++ compiler: install g++"
+    raise UserError(
+        "--policy: it keeps packed history, which only kernels of ours read, and they "
+        f"need {missing}; or choose --policy retrieval"
+    )
 
 
 def kernels_and_staging(
@@ -65,6 +97,7 @@ def kernels_and_staging(
     group_size: int,
     tables: PageTables,
     device: torch.device,
+    gaps: bool = False,
 ) -> tuple[Device, Staging]:
     """Make what runs on the device, and what brings a step's rows there.
 
@@ -72,10 +105,11 @@ def kernels_and_staging(
         page_format: what pages hold; ``None``: the model's ``dtype``.
         group_size: query heads that share a KV head.
         tables: of the batch.
+        gaps: whether ``RowShapes`` may have any.
     """
     if not uses_triton():
         shape = group_size, spec.head_size, spec.block_size
-        kernels = cpu_kernels(page_format, dtype, *shape)
+        kernels = cpu_kernels(page_format, dtype, *shape, gaps=gaps)
         return kernels, HostStaging(kernels)
     from kvserve.engine.devices.gpu import TritonDevice
     from kvserve.engine.devices.gpu_staging import DeviceStaging
@@ -83,4 +117,4 @@ def kernels_and_staging(
 
     on_gpu = TritonDevice(device, group_size, page_format)
     mirror = TableMirror(tables, device)
-    return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size)
+    return on_gpu, DeviceStaging(on_gpu, mirror, spec.block_size, gaps)

@@ -38,6 +38,7 @@ def launch(
     queries: int,
     page_format: PageFormat | None = None,
     form: ScoreForm | None = None,
+    has_gaps: bool = False,
 ) -> None:
     """Write, copy, and attend as a step of ``queries`` a row does, with statistics."""
     pool = torch.zeros(PAGES, 1, PAGE_SIZE, 2 * head_size, dtype=dtype)
@@ -60,10 +61,12 @@ def launch(
     own = torch.zeros(len(query), dtype=torch.int32)
     positions = Positions(torch.zeros(PAGES, PAGE_SIZE, dtype=torch.int32), own)
     scores = RowScores(form, rows[0], positions) if form else None
-    for statistics in (None, mass):
+    gaps = torch.zeros(ROWS, 2, dtype=torch.int32) if has_gaps else None
+    # No policy adds up what rows with gaps draw.
+    for statistics in (None,) if has_gaps else (None, mass):
         out = torch.empty_like(query)
         triton_rows.row_attention(
-            query, pool, *rows, 1.0, out, queries, statistics, page_format, scores
+            query, pool, *rows, 1.0, out, queries, statistics, page_format, scores, gaps
         )
 
 
@@ -149,6 +152,17 @@ def test_kernels_of_a_form_compile_and_fit(
     assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
     spilled = {kernel.name: kernel.spilled_bytes for kernel in compiled}
     assert max(spilled.values()) <= MOST_SPILLED, spilled
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_rows_with_gaps_compile_and_fit(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with compiling_for(capability, tmp_path, monkeypatch) as compiled:
+        launch(torch.bfloat16, 4, 128, 512, has_gaps=True)
+    assert max(kernel.shared_bytes for kernel in compiled) <= LEAST_SHARED
+    spilled = {kernel.name: kernel.spilled_bytes for kernel in compiled}
+    assert capability < 90 or max(spilled.values()) <= MOST_SPILLED, spilled
 
 
 def test_a_kernel_that_spills_is_seen(

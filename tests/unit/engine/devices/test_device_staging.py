@@ -38,12 +38,13 @@ MIXED = make_plan(4, [[FULL_LANE, (1, 2)], [(1, 1), FULL_LANE]])
 class Stage:
     """The worker's half of a step, up to where kernels read it."""
 
-    def __init__(self, plan: PagePlan) -> None:
+    def __init__(self, plan: PagePlan, gaps: bool = False) -> None:
         self.plan = plan
         self.tables = PageTables(plan, MAX_REQUESTS, MAX_TOKENS)
         self.rows = RowBuilder(plan, self.tables)
         mirror = TableMirror(self.tables, CPU)
-        self.staging = DeviceStaging(TritonDevice(CPU, 1), mirror, plan.page_size)
+        kernels = TritonDevice(CPU, 1)
+        self.staging = DeviceStaging(kernels, mirror, plan.page_size, gaps)
 
     def run(self, batch: Batch, padding: int) -> tuple[StepRows, StagedRows]:
         self.tables.forget(batch.restarted)
@@ -87,6 +88,49 @@ def test_kernels_read_what_the_host_worked_out(plan: PagePlan, rng: Random) -> N
         padding = rng.randrange(MAX_REQUESTS - len(batch.names) + 1)
         check(plan, *stage.run(batch, padding))
         scheduler.finish(batch)
+
+
+@settings(max_examples=20)
+@given(plans(), seeds())
+def test_every_step_says_which_keys_its_rows_hide(plan: PagePlan, rng: Random) -> None:
+    scheduler = Scheduler(plan, rng, MAX_REQUESTS, MAX_TOKENS, token_budget=24)
+    stage, addresses = Stage(plan, gaps=True), set()
+    for _ in range(8):
+        batch = scheduler.next_batch()
+        step, _ = stage.run(batch, padding=0)
+        scheduler.finish(batch)
+        for shape in step.shapes[rng.randrange(2) :]:
+            ends = [
+                sorted(rng.randint(0, int(n)) for _ in range(2)) for n in shape.seq_lens
+            ]
+            shape.gaps = np.array(ends, dtype=np.int32)
+        is_decode = not isinstance(step.page_tables, list)
+        tokens = MAX_REQUESTS if is_decode else int(batch.query_start[-1])
+        staged = stage.staging.stage(step, tokens)
+        for rows, shape in zip(staged.rows, step.shape_of_layer, strict=True):
+            expected = step.shapes[shape].gaps
+            if expected is not None:
+                assert rows.gaps[: len(expected)].tolist() == expected.tolist()
+                assert not rows.gaps[len(expected) :].any()
+            else:
+                assert not is_decode or not rows.gaps.any()
+        if is_decode:
+            addresses.add(tuple(rows.gaps.data_ptr() for rows in staged.rows))
+    assert len(addresses) <= 1
+
+
+def test_no_step_has_gaps_that_graphs_were_captured_without() -> None:
+    scheduler = Scheduler(MIXED, Random(0), MAX_REQUESTS, MAX_TOKENS, token_budget=24)
+    stage = Stage(MIXED)
+    step = None
+    while step is None or isinstance(step.page_tables, list):
+        batch = scheduler.next_batch()
+        step, staged = stage.run(batch, padding=0)
+        scheduler.finish(batch)
+    assert all(rows.gaps is None for rows in staged.rows)
+    step.shapes[0].gaps = np.zeros((len(step.shapes[0].seq_lens), 2), dtype=np.int32)
+    with pytest.raises(AssertionError, match="announced"):
+        stage.staging.stage(step, MAX_REQUESTS)
 
 
 def test_steps_of_one_size_reuse_their_memory() -> None:
