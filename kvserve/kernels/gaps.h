@@ -22,10 +22,15 @@ struct Gap {
 
     // Hide it from the logits of `count` keys from `start` on.
     void hide(float *logits, int64_t start, int64_t count) const {
+        static constexpr Lanes IN_ORDER([](int lane) { return lane; });
         const int64_t from = std::max<int64_t>(first - start, 0);
         const int64_t to = std::min(last - start, count);
-        if (from < to)
-            std::fill(logits + from, logits + to, NEVER);
+        // Whole vectors: whoever loads one after single numbers were stored to it waits.
+        for (int64_t i = from / LANES * LANES; i < to; i += LANES) {
+            const Ints key = Ints(IN_ORDER) + int32_t(i);
+            const Ints hidden = key >= int32_t(from) & key < int32_t(to);
+            vector_at(logits + i) = hidden ? Floats{} + NEVER : vector_at(logits + i);
+        }
     }
 };
 
