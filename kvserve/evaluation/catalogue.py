@@ -110,7 +110,7 @@ def _long_replies() -> list[Task]:
         Task(
             "long-copy",
             "answers",
-            "a part of the text, repeated word for word in a long reply",
+            "a list in a novel, repeated line by line in a long reply",
             long_replies.long_copy,
             has_depth=True,
             is_long=True,

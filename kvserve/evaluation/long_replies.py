@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long replies: what a cache that evicts while it decodes can still say.
 
-Both replies are known beforehand, so that a long one can be scored word by word.
+Both replies are known beforehand, so that a long one can be scored line by line.
 """
 
 from __future__ import annotations
@@ -12,36 +12,27 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from kvserve.errors import UserError
-from kvserve.evaluation.prompts import Ask, hide, novel, rng_of
+from kvserve.evaluation.prompts import WORDS, Ask, hide, novel, rng_of
 from kvserve.evaluation.tasks import Place, Sample
-from kvserve.texts.haystack import passage
 from kvserve.texts.needles import encode
 
-_RUN = 4
-_LEAST = 32
-_BEGIN, _END = "<copy>", "</copy>"
+_LEAST = 64
 
 
-def in_order(expected: Sequence[str], said: Sequence[str], run: int = 1) -> float:
-    """Share of ``expected`` that is said in its order.
-
-    Args:
-        run: items in a row that a match must have, so that a common word here and
-            there is none.
-    """
+def in_order(expected: Sequence[str], said: Sequence[str]) -> float:
+    """Share of ``expected`` that is said in its order."""
     matcher = SequenceMatcher(None, expected, said, autojunk=False)
-    blocks = matcher.get_matching_blocks()
-    return sum(one.size for one in blocks if one.size >= run) / len(expected)
+    return sum(one.size for one in matcher.get_matching_blocks()) / len(expected)
 
 
 @dataclass(frozen=True)
 class Copied:
-    """Share of a text's words that a reply repeats, four in a row at least."""
+    """Share of lines that a reply repeats, in their order and to the letter."""
 
-    text: str
+    lines: tuple[str, ...]
 
     def __call__(self, reply: str) -> float:
-        return in_order(self.text.split(), reply.split(), _RUN)
+        return in_order(self.lines, [line.strip() for line in reply.splitlines()])
 
 
 @dataclass(frozen=True)
@@ -57,21 +48,25 @@ class Counted:
 
 
 def long_copy(place: Place) -> Sample:
-    """A part of a novel to repeat word for word, as long as the reply."""
+    """A list in a novel, to repeat line by line, as long as the reply."""
     _check(place, 2 * place.reply)
-    start = rng_of("long-copy", place).random()
-    prose = passage(place.text, start, 8 * place.length)
-    # A reply's tokens may be cut in other places than the text's.
-    text = _cut(place, prose, place.reply * 15 // 16).rsplit(" ", 1)[0]
-    marked = f"\n\n{_BEGIN}\n{text}\n{_END}\n\n"
-    ask = Ask(
-        f"Repeat the part between {_BEGIN} and {_END} word for word.",
-        f"{_BEGIN}\n",
-        f"A part of the text above stands between {_BEGIN} and {_END}.",
+    rng = rng_of("long-copy", place)
+    entries = "\n".join(
+        f"{number}. {' '.join(rng.sample(WORDS, 2))} {rng.randrange(100, 1000)}"
+        for number in range(1, place.reply)
     )
-    around = novel("long-copy", place)
-    request = hide(place, around, [(marked, place.depth)], ask, reply=place.reply)
-    return Sample(request, (text,), place.depth, Copied(text))
+    # A reply's tokens may be cut in other places than the text's; a cut line is none.
+    first, *lines = _cut(place, entries, place.reply * 15 // 16).split("\n")[:-1]
+    text = "\n".join(lines)
+    ask = Ask(
+        "Repeat the whole list in its order, line by line.",
+        f"{first}\n",
+        "The text above has a list in it.",
+    )
+    hidden = [(f"\n\n{first}\n{text}\n\n", place.depth)]
+    prose = novel("long-copy", place)
+    request = hide(place, prose, hidden, ask, reply=place.reply)
+    return Sample(request, (text,), place.depth, Copied(tuple(lines)))
 
 
 def long_count(place: Place) -> Sample:

@@ -53,7 +53,7 @@ DIGESTS = {
     "fwe": "8165d8df30e7",
     "qa_1": "1c369364e0bc",
     "qa_2": "a671e427d32e",
-    "long-copy": "0f995bbcef7e",
+    "long-copy": "645dd2b9160f",
     "long-count": "45da2f11d3f6",
     "instructions": "45e671704d9b",
     "leak": "962bfc2e8cb0",

@@ -20,7 +20,7 @@ from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.fake_backend import FakeContender, assignment
 
 TOKENIZER: Any = byte_tokenizer()
-TEXT = "one two three four five six seven eight nine ten"
+LINES = ("2. maple otter 314", "3. kettle barn 159", "4. lemon quilt 265")
 
 
 def made(name: str, reply: int, length: int = 2000) -> list[Sample]:
@@ -31,19 +31,18 @@ def made(name: str, reply: int, length: int = 2000) -> list[Sample]:
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        (TEXT, 1),
-        (f"Here it is: {TEXT} and so on", 1),
-        # A word is left out, and another comes in.
-        ("one two three four six seven else eight nine ten", 0.4),
-        ("ten nine eight seven six five four three two one", 0),
-        ("one two three one two three one two three", 0),
-        ("", 0),
+        (LINES, 1),
+        (("Here it is:", *LINES, "", "5. and so on"), 1),
+        ((LINES[0], f" {LINES[2]} "), 2 / 3),
+        ((LINES[0], LINES[0], "3. kettle barn 158", LINES[0]), 1 / 3),
+        ((*LINES[1:], LINES[0]), 2 / 3),
+        ((), 0),
     ],
 )
-def test_a_copy_scores_by_runs_of_words_in_their_order(
-    reply: str, score: float
+def test_a_copy_scores_by_lines_in_their_order(
+    reply: tuple[str, ...], score: float
 ) -> None:
-    assert Copied(TEXT)(reply) == pytest.approx(score)
+    assert Copied(LINES)("\n".join(reply)) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +63,15 @@ def test_what_is_said_out_of_order_counts_once() -> None:
 
 
 @pytest.mark.parametrize("reply", [64, 256, 900])
-def test_the_text_to_copy_is_as_long_as_the_reply(reply: int) -> None:
+def test_the_list_to_copy_is_as_long_as_the_reply(reply: int) -> None:
     for sample in made("long-copy", reply):
         prompt = TOKENIZER.decode(sample.request.prompt)
-        text = prompt.split("<copy>\n")[1].split("\n</copy>")[0]
-        assert sample.answers == (text,)
-        assert 0.8 * reply <= len(text) <= reply == sample.request.reply
+        (text,) = sample.answers
+        first = prompt.splitlines()[-1].removeprefix("Answer: ")
+        assert first.startswith("1. ")
+        assert f"\n\n{first}\n{text}\n\n" in prompt
+        assert 0.9 * reply - 25 <= len(text) + len(first) <= reply
+        assert sample.request.reply == reply
         assert sample.request.tokens == pytest.approx(2000, abs=40)
         assert sample.score(text) == 1
 
@@ -89,7 +91,7 @@ def test_as_many_numbers_are_asked_for_as_the_reply_has_room_for(reply: int) -> 
 def test_a_reply_without_room_is_refused_and_says_how_to_get_some() -> None:
     with pytest.raises(UserError, match=r"--task long-copy .*reply of 1000 tokens"):
         made("long-copy", 1000)
-    with pytest.raises(UserError, match="another --reply, of at least 32"):
+    with pytest.raises(UserError, match="another --reply, of at least 64"):
         made("long-count", 4)
 
 
