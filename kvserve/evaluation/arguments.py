@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvserve.evaluation.catalogue import built_in, groups
 from kvserve.evaluation.contenders import DTYPES
+from kvserve.evaluation.ladder import LADDER
 from kvserve.evaluation.tasks import REPLY
 from kvserve.models import add_model
 from kvserve.processor import default_dtype
@@ -16,6 +17,7 @@ from kvserve.texts.haystack import Book
 BOOK: Book = "persuasion"
 _EXAMPLES = """examples:
   kvserve eval --policy retrieval:budget=0.25 --policy snapkv:budget=0.25
+  kvserve eval --budgets ladder --policy retrieval --policy snapkv --length 4096
   kvserve eval MODEL --policy sink-recent:budget=512 --task needle,multikey \\
       --length 1024,4096 --samples 16 --out report/
   kvserve eval --policy snapkv --task ruler --question both --length 4096
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME[:KEY=VALUE,...]",
         help="a policy to measure; may be given several times (default: full)",
+    )
+    parser.add_argument(
+        "--budgets",
+        metavar="BUDGET,...|ladder",
+        help="measure each --policy that has no budget of its own at each of these; "
+        f"`ladder` is {','.join(LADDER)}".replace("%", "%%"),
     )
     parser.add_argument(
         "--url",

@@ -72,6 +72,8 @@ class Reply:
         chosen: log probability of each of these tokens, if asked for.
         tops: the likeliest tokens of each step and their log probabilities.
         pages: ``None`` where the engine does not tell.
+        first_after: seconds from when the request was let in to its first token,
+            likewise.
     """
 
     text: str
@@ -79,6 +81,7 @@ class Reply:
     chosen: list[float] = field(default_factory=list)
     tops: list[dict[int, float]] = field(default_factory=list)
     pages: Pages | None = None
+    first_after: float | None = None
 
 
 class Backend(Protocol):

@@ -21,6 +21,7 @@ from kvserve.evaluation.contenders import (
     ServerContender,
 )
 from kvserve.evaluation.finder import Probe, find_budget, serve_command
+from kvserve.evaluation.ladder import at_budgets, left_out, read_budgets
 from kvserve.evaluation.model import EvaluatedModel, load_model
 from kvserve.evaluation.report import Heading, make_tables, write_report
 from kvserve.evaluation.runner import REFERENCE, Assignment, Contender, Runner
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             spec = _only_policy(args, work)
             store = Store(args.out, work.conditions)
             return _find(args, work, store, command, spec)
-        contenders = _contenders(args, work)
+        contenders, notes = _contenders(args, work)
         store = Store(args.out, work.conditions)
         Runner(work.assignments, store).run(contenders)
-        _finish(args, work, store, command, contenders)
+        _finish(args, work, store, command, contenders, notes)
         return 0
     except KeyboardInterrupt:
         kept = len(store.cells) if store else 0
@@ -126,9 +127,19 @@ def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:
     )
 
 
-def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:
-    """Policies as they were given, the full cache first, then servers."""
-    specs = [_parse(text, work) for text in dict.fromkeys(args.policy)]
+def _contenders(
+    args: argparse.Namespace, work: Work
+) -> tuple[list[Contender], list[str]]:
+    """Policies as they were given, the full cache first, then servers.
+
+    Returns:
+        Them, and sentences on what is not measured.
+    """
+    typed = dict.fromkeys(args.policy)
+    policies = at_budgets(typed, read_budgets(args.budgets)) if args.budgets else typed
+    if args.budgets and not typed:
+        raise UserError("--budgets: whose? Give a --policy too")
+    specs = [_parse(text, work) for text in policies]
     servers: list[Contender] = [
         ServerContender.parse(text, work.model, work.longest) for text in args.url
     ]
@@ -138,13 +149,18 @@ def _contenders(args: argparse.Namespace, work: Work) -> list[Contender]:
             raise UserError(f"--url: two are called {name}; name one: --url NAME=URL")
     if REFERENCE not in names and (specs or not servers):
         specs.insert(0, PolicySpec.parse(REFERENCE))
-    engine = _engine(args, work)
-    local: list[Contender] = [PolicyContender(spec, engine) for spec in specs]
+    engine, notes = _engine(args, work), []
+    local: list[Contender] = []
+    for spec in specs:
+        contender = PolicyContender(spec, engine)
+        lengths = dict.fromkeys(one.length for one in work.assignments)
+        refused = left_out(contender, lengths)
+        if refused and spec.text in typed:
+            raise UserError(next(iter(refused.values())))
+        notes += [f"Not measured at {n} tokens: {why}." for n, why in refused.items()]
+        local.append(dataclasses.replace(contender, without=frozenset(refused)))
     found = sorted([*local, *servers], key=lambda one: one.name != REFERENCE)
-    for contender in found:
-        for assignment in work.assignments:
-            contender.arguments(assignment.length)
-    return found
+    return found, notes
 
 
 def _parse(text: str, work: Work) -> PolicySpec:
@@ -155,8 +171,10 @@ def _parse(text: str, work: Work) -> PolicySpec:
 
 
 def _only_policy(args: argparse.Namespace, work: Work) -> PolicySpec:
-    if len(args.policy) != 1 or args.url:
-        raise UserError("--find-budget: give exactly one --policy, and no --url")
+    if len(args.policy) != 1 or args.url or args.budgets:
+        raise UserError(
+            "--find-budget: give exactly one --policy, and no --url or --budgets"
+        )
     spec = _parse(args.policy[0], work)
     if spec.budget is not None:
         raise UserError(f"--policy {spec.text}: --find-budget sets its budget")
@@ -237,12 +255,15 @@ def _finish(
     store: Store,
     command: str,
     contenders: Sequence[Contender],
+    notes: Sequence[str] = (),
 ) -> None:
     asked = {(one.task.name, one.length) for one in work.assignments}
     cells = [c for c in _cells(store, contenders) if (c.task, c.length) in asked]
     tasks = {one.task.name: one.task.what for one in work.assignments}
-    heading = Heading(work.model.name, command, work.conditions, tasks)
+    heading = Heading(work.model.name, command, work.conditions, tasks, tuple(notes))
     written = write_report(cells, heading, args.out)
     for table in make_tables(Summary(cells)):
         print(f"\n{table.title}\n\n{table.markdown()}")
+    for note in notes:
+        print(f"\n{note}")
     print(f"\nwrote {', '.join(str(path) for path in written)}")

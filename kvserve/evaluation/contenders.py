@@ -54,14 +54,22 @@ class LocalEngine:
 
 @dataclass(frozen=True)
 class PolicyContender:
-    """A policy, run in this process."""
+    """A policy, run in this process.
+
+    Attributes:
+        without: lengths at which it is not measured.
+    """
 
     spec: PolicySpec
     engine: LocalEngine
+    without: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
         return self.spec.text
+
+    def can(self, length: int) -> bool:
+        return length not in self.without
 
     def arguments(self, length: int) -> Arguments:
         """The policy's parameters, of which a budget may depend on the length."""
@@ -104,6 +112,9 @@ class ServerContender:
         server = Server.reach(url)
         server.check(model, longest)
         return cls(name, server, model.tokenizer)
+
+    def can(self, length: int) -> bool:
+        return True
 
     def arguments(self, length: int) -> Arguments:
         return {"url": self.server.url}

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from vllm import SamplingParams
@@ -81,6 +83,7 @@ class EngineBackend:
         (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._books = PageBooks(manager)
+        self._clock = FirstTokens(scheduler)
 
     def run(
         self, requests: Sequence[Request], done: Callable[[Request], None]
@@ -97,7 +100,10 @@ class EngineBackend:
         replies: dict[int, Reply] = {}
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                self._clock.start()
+                outputs = engine.step()
+                self._clock.note()
+                for output in outputs:
                     if not output.finished:
                         continue
                     number = int(output.request_id)
@@ -105,7 +111,9 @@ class EngineBackend:
                     # The last token is given out before it goes through the cache.
                     cached = len(requests[number].prompt) + len(said.token_ids) - 1
                     pages = self._books.close(internal[number], cached)
-                    replies[number] = self._reply(requests[number], said, pages)
+                    first = self._clock.close(internal[number])
+                    reply = self._reply(requests[number], said, pages)
+                    replies[number] = replace(reply, first_after=first)
                     done(requests[number])
                 self._books.note()
         finally:
@@ -127,7 +135,7 @@ class EngineBackend:
         )
 
     def close(self) -> None:
-        del self._llm, self._books
+        del self._llm, self._books, self._clock
         gc.collect()
         with contextlib.suppress(RuntimeError):
             cleanup_dist_env_and_memory()
@@ -172,6 +180,34 @@ class PageBooks:
         if request_id in self._manager.req_to_blocks:
             self._held[request_id] = self._note(request_id)
         self._free(request_id)
+
+
+class FirstTokens:
+    """When requests are let in, and when their first tokens come, step by step."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._step = 0.0
+        self._let_in: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+
+    def start(self) -> None:
+        """A step begins."""
+        self._step = time.monotonic()
+
+    def note(self) -> None:
+        """A step has ended: look at every request that has not."""
+        now = time.monotonic()
+        for request_id, request in self._scheduler.requests.items():
+            if request.num_computed_tokens:
+                self._let_in.setdefault(request_id, self._step)
+            if request.num_output_tokens:
+                self._first.setdefault(request_id, now)
+
+    def close(self, request_id: str) -> float:
+        """Seconds from one to the other, of a request that ended in this step."""
+        first = self._first.pop(request_id, None) or time.monotonic()
+        return first - self._let_in.pop(request_id, self._step)
 
 
 def _likeliest(step: dict[int, Logprob], count: int) -> dict[int, float]:

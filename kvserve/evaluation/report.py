@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from kvserve.evaluation.backend import AT_ONCE
 from kvserve.evaluation.figures import draw
 from kvserve.evaluation.store import Cell
 from kvserve.evaluation.summary import USABLE, Line, Summary
@@ -84,14 +85,16 @@ def make_tables(summary: Summary) -> list[Table]:
 def _length_table(summary: Summary, length: int) -> Table:
     lines = [line for line in summary.lines if line.length == length]
     tasks = [task for task in summary.tasks if any(line.task == task for line in lines)]
-    head = ["policy", "KV held", "KV peak", "score", "95 %", "of full", *tasks]
+    head = ["policy", "KV held", "KV peak", "score", "95 %", "of full"]
+    head += ["tokens/s", "TTFT s", *tasks]
     rows = []
     for policy in summary.policies:
         own = [summary.line(policy, task, length) for task in tasks]
         if not any(own):
             continue
         mean = summary.line(policy, "all", length)
-        memory = mean.memory if mean else _any_memory(own)
+        known = mean or next(line for line in own if line)
+        memory = known.memory
         rows.append(
             [
                 f"`{policy}`",
@@ -100,6 +103,7 @@ def _length_table(summary: Summary, length: int) -> Table:
                 f"{mean.score:.2f}" if mean else "-",
                 f"{mean.low:.2f} to {mean.high:.2f}" if mean else "-",
                 _ratio(mean),
+                *_speed(known),
                 *(_short(line) for line in own),
             ]
         )
@@ -120,12 +124,19 @@ def _has(summary: Summary, task: str, length: int) -> bool:
     return any((one.task, one.length) == (task, length) for one in summary.lines)
 
 
-def _any_memory(lines: list[Line | None]) -> Any:
-    return next((line.memory for line in lines if line and line.memory), None)
-
-
 def _ratio(line: Line | None) -> str:
     return "-" if line is None or line.of_full is None else f"{line.of_full:.2f}"
+
+
+def _speed(line: Line) -> list[str]:
+    """Tokens a second, and seconds to the first."""
+    if line.speed is None:
+        return ["-", "-"]
+    first = line.speed.first_after
+    return [
+        f"{line.speed.tokens_per_second:.1f}",
+        "-" if first is None else f"{first:.2f}",
+    ]
 
 
 def _short(line: Line | None) -> str:
@@ -161,6 +172,14 @@ def remarks(summary: Summary, heading: Heading) -> list[str]:
         "likeliest tokens where there are none; its 95 % interval is Wilson's for "
         "right and wrong, bootstrap otherwise.",
     ]
+    if any(line.speed for line in summary.lines):
+        found.append(
+            "tokens/s: of all replies of these tasks, over the seconds in which their "
+            f"prompts were read and they were said, {AT_ONCE} at once. TTFT: from when "
+            "a request is let in to its first token, with others beside it. Both are "
+            "of one run, and of whatever else this machine did; `kvserve bench` "
+            "measures speed."
+        )
     found += [
         f"{line.task} at {line.length} tokens is unusable, and in brackets: the full "
         f"cache scores {line.score:.2f} itself, below {USABLE}."

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -20,7 +21,7 @@ from kvserve.evaluation.continuations import (
     top1_share,
 )
 from kvserve.evaluation.statistics import distinct
-from kvserve.evaluation.store import Cell, Key, Store
+from kvserve.evaluation.store import Cell, Key, Store, Timing
 from kvserve.evaluation.tasks import SAID, Sample, Task
 from policies.budgets import Arguments
 
@@ -34,6 +35,9 @@ class Contender(Protocol):
     @property
     def name(self) -> str:
         """How reports call it."""
+
+    def can(self, length: int) -> bool:
+        """Whether it is measured at this length."""
 
     def arguments(self, length: int) -> Arguments:
         """What it runs with at this length; equal arguments share an engine."""
@@ -105,6 +109,8 @@ class Runner:
         """Group what is missing of a contender by engines that can share it."""
         groups: dict[str, list[Assignment]] = {}
         for assignment in self._assignments:
+            if not contender.can(assignment.length):
+                continue
             if assignment.key(contender) not in self._store.cells:
                 arguments = contender.arguments(assignment.length)
                 key = json.dumps(arguments, sort_keys=True)
@@ -153,8 +159,11 @@ class Runner:
                 reference.force(request)
                 for reference, request in zip(references, requests, strict=True)
             ]
+        start = time.monotonic()
         replies = backend.run(requests, done)
-        self._store.add(_cell(session, assignment, references, replies))
+        timing = _timing(time.monotonic() - start, replies)
+        cell = _cell(session, assignment, references, replies)
+        self._store.add(replace(cell, timing=timing))
 
     def _references(self, assignment: Assignment) -> list[Reference]:
         found = self._store.references.get((assignment.task.name, assignment.length))
@@ -207,6 +216,11 @@ def _cell(
         pages[0].page_bytes if pages else 0,
         _distinct(samples, replies) if assignment.task.is_long else [],
     )
+
+
+def _timing(seconds: float, replies: list[Reply]) -> Timing:
+    told = [one.first_after for one in replies if one.first_after is not None]
+    return Timing(seconds, sum(len(one.token_ids) for one in replies), told)
 
 
 def _distinct(samples: list[Sample], replies: list[Reply]) -> list[float]:

@@ -17,6 +17,22 @@ Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long the requests of a cell took, which is another in every run.
+
+    Attributes:
+        seconds: for all of them, those that ran together counted once.
+        tokens: of all replies, forced ones included.
+        first_after: seconds to each request's first token; empty where the engine
+            does not tell.
+    """
+
+    seconds: float
+    tokens: int
+    first_after: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Cell:
     """What one policy scored in one task at one length, sample by sample.
 
@@ -33,6 +49,7 @@ class Cell:
             the engine does not tell.
         page_bytes: size of a page; 0 likewise.
         distinct: share of different 4-grams in each reply, of tasks with long ones.
+        timing: kept beside the cell, which is the same in every run.
     """
 
     policy: str
@@ -49,6 +66,7 @@ class Cell:
     pages_full: list[int] = field(default_factory=list)
     page_bytes: int = 0
     distinct: list[float] = field(default_factory=list)
+    timing: Timing | None = None
 
     @property
     def key(self) -> Key:
@@ -87,7 +105,9 @@ class Store:
     def add(self, cell: Cell) -> None:
         """Keep a cell."""
         self.cells[cell.key] = cell
-        self._write({"cell": dataclasses.asdict(cell)})
+        record = dataclasses.asdict(cell)
+        timing = record.pop("timing")
+        self._write({"cell": record, "timing": timing})
 
     def add_references(self, task: str, length: int, found: list[Reference]) -> None:
         """Keep what the full cache said to every sample of a task."""
@@ -114,7 +134,10 @@ class Store:
             if "conditions" in record:
                 self._check(record["conditions"])
             elif "cell" in record:
-                cell = Cell(**record["cell"])
+                timing = record.get("timing")
+                cell = Cell(
+                    **record["cell"], timing=Timing(**timing) if timing else None
+                )
                 self.cells[cell.key] = cell
             else:
                 found = [Reference.from_json(one) for one in record["references"]]

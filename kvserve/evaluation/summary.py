@@ -52,6 +52,31 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast requests ran.
+
+    Attributes:
+        tokens_per_second: of all replies, over the time for prompts and replies.
+        first_after: mean seconds from when a request is let in to its first token;
+            ``None`` if the engine does not tell.
+    """
+
+    tokens_per_second: float
+    first_after: float | None
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> Speed | None:
+        """Add up cells; ``None`` if none was timed."""
+        timed = [cell.timing for cell in cells if cell.timing]
+        seconds = sum(one.seconds for one in timed)
+        if not seconds:
+            return None
+        first = [after for one in timed for after in one.first_after]
+        tokens = sum(one.tokens for one in timed)
+        return cls(tokens / seconds, fmean(first) if first else None)
+
+
+@dataclass(frozen=True)
 class Line:
     """A policy in one task at one length, or in all usable ones (task ``all``).
 
@@ -75,6 +100,7 @@ class Line:
     of_full: float | None
     usable: bool
     memory: Memory | None
+    speed: Speed | None
     divergence: float | None = None
     distinct: float | None = None
 
@@ -146,6 +172,7 @@ class Summary:
             of_full,
             self._is_usable(cell),
             Memory.of([cell]),
+            Speed.of([cell]),
             fmean(cell.divergences) if cell.divergences else None,
             fmean(cell.distinct) if cell.distinct else None,
         )
@@ -189,6 +216,7 @@ class Summary:
             fmean(scores) / fmean(theirs) if complete else None,
             True,
             Memory.of(cells),
+            Speed.of(cells),
         )
 
 

@@ -36,7 +36,7 @@ class FakeBackend:
         if number >= self._right:
             top = {7: math.log(0.4), 8: math.log(0.6)}
         pages = Pages(self._held, 2 * self._held, 100, 1024)
-        return Reply(text, token_ids, [-1.0] * count, [top] * count, pages)
+        return Reply(text, token_ids, [-1.0] * count, [top] * count, pages, 0.5)
 
     def close(self) -> None:
         self._log.append("close")
@@ -50,8 +50,12 @@ class FakeContender:
     right: int
     held: int = 100
     by_length: bool = False
+    without: frozenset[int] = frozenset()
     fails: bool = False
     log: list[str] = field(default_factory=list)
+
+    def can(self, length: int) -> bool:
+        return length not in self.without
 
     def arguments(self, length: int) -> Arguments:
         return {"length": length} if self.by_length else {}

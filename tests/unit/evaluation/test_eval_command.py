@@ -138,6 +138,37 @@ def test_the_finder_prints_how_to_serve_the_least_budget(
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_ladder_is_every_policy_at_every_budget_that_it_can_have(
+    tmp_path: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--budgets", "ladder", "--policy", "snapkv", "--policy", "h2o:budget=0.9")
+    assert evaluate(tmp_path, *asked, "--length", "960,2048") == 0
+    rungs = [f"snapkv:budget={share}%" for share in (50, 25, 12.5, 6.25)]
+    assert list(dict.fromkeys(opened)) == ["full", *rungs, "h2o:budget=0.9"]
+    shown = capsys.readouterr().out
+    # 6.25 % of 960 tokens are a page, and a head needs two.
+    assert "Not measured at 960 tokens: --policy snapkv:budget=6.25%: " in shown
+    tables = shown.split("960 tokens\n")[1].split("2048 tokens\n")
+    assert "snapkv:budget=12.5%" in tables[0]
+    assert "`snapkv:budget=6.25%`" not in tables[0]
+    assert "`snapkv:budget=6.25%`" in tables[1]
+    page = (tmp_path / "report.md").read_text()
+    assert "Not measured at 960 tokens" in page
+
+
+def test_a_table_has_memory_score_and_speed_of_every_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tmp_path, "--length", "2048") == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("| policy"))
+    assert head.split(" | ")[1:8] == [
+        *("KV held", "KV peak", "score", "95 %", "of full", "tokens/s", "TTFT s")
+    ]
+    (mean,) = json.loads((tmp_path / "report.json").read_text())["overall"]
+    assert mean["speed"]["tokens_per_second"] > 0
+
+
 def test_both_places_of_a_question_stand_side_by_side(tmp_path: Path) -> None:
     asked = ("--length", "2048", "--task", "needle", "--question", "both")
     assert evaluate(tmp_path, *asked) == 0
@@ -172,6 +203,12 @@ def parse(*arguments: str) -> argparse.Namespace:
         (["--kv-memory", "lots"], "--kv-memory lots: expected a size"),
         (["--url", "http://127.0.0.1:9"], "no server answers"),
         (["--find-budget", "2", "--policy", "h2o"], "must lie in 0 to 1"),
+        (["--budgets", "ladder"], "--budgets: whose?"),
+        (["--budgets", "50%,much", "--policy", "h2o"], "--budgets 50%,much: give"),
+        (
+            ["--find-budget", "0.9", "--policy", "h2o", "--budgets", "ladder"],
+            "no --url or --budgets",
+        ),
         (["--find-budget", "0.9"], "give exactly one --policy"),
         (["--find-budget", "0.9", "--policy", "full"], "`full` has no budget"),
         (

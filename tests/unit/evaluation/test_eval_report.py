@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvserve.evaluation.report import Heading, make_tables, remarks, write_report
-from kvserve.evaluation.store import Cell
+from kvserve.evaluation.store import Cell, Timing
 from kvserve.evaluation.summary import Summary
 
 HEADING = Heading(
@@ -50,6 +50,19 @@ def test_scores_have_intervals_ratios_and_measured_memory() -> None:
     assert line.memory is not None
     assert (line.memory.held, line.memory.peak) == (0.25, 1.0)
     assert line.memory.bytes == 25 * 1024
+
+
+def test_speed_is_of_all_replies_over_all_seconds() -> None:
+    made = [
+        cell("full", [1], timing=Timing(2.0, 100, [0.5])),
+        cell("full", [1], task="multikey", timing=Timing(3.0, 50, [1.5])),
+    ]
+    mean = Summary(made).line("full", "all", 1024)
+    assert mean is not None
+    assert mean.speed is not None
+    assert (mean.speed.tokens_per_second, mean.speed.first_after) == (30, 1)
+    (row,) = make_tables(Summary(made))[0].rows
+    assert row[6:8] == ["30.0", "1.00"]
 
 
 def test_a_task_that_the_full_cache_fails_is_unusable_and_in_no_mean() -> None:

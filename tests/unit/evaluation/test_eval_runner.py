@@ -41,6 +41,28 @@ def test_cells_hold_scores_replies_depths_and_pages(tmp_path: Path) -> None:
     assert (cell.pages_full, cell.page_bytes) == ([100] * 4, 1024)
 
 
+def test_times_are_kept_beside_cells_which_are_the_same_in_every_run(
+    tmp_path: Path,
+) -> None:
+    Runner([assignment(64)], open_store(tmp_path), show=False).run(
+        [FakeContender("a", right=4)]
+    )
+    record = json.loads((tmp_path / FILE).read_text().splitlines()[1])
+    assert "timing" not in record["cell"]
+    timing = open_store(tmp_path).cells["a", "task", 64].timing
+    assert timing is not None
+    assert timing.seconds > 0
+    assert timing.tokens == 4 * 4
+    assert timing.first_after == [0.5] * 4
+
+
+def test_lengths_that_a_policy_cannot_have_are_left_out(tmp_path: Path) -> None:
+    contender = FakeContender("a", right=4, without=frozenset({64}))
+    store = open_store(tmp_path)
+    Runner([assignment(64), assignment(128)], store, show=False).run([contender])
+    assert list(store.cells) == [("a", "task", 128)]
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     done, stopped = FakeContender("a", right=4), FakeContender("b", right=4, fails=True)
     with pytest.raises(KeyboardInterrupt):
