@@ -27,7 +27,7 @@ commands:
   serve      serve a model over the OpenAI API under a cache policy
   policies   list the cache policies, their parameters and what each needs
   plan       show KV bytes a request and requests a pool, without loading weights
-  profile    measure a model's heads (kvserve profile retrieval|moa MODEL)
+  profile    measure a model's heads (kvserve profile retrieval|moa|scorer MODEL)
   bench      put a server under load, or compare policies under the same load
   eval       measure what policies lose, and find the budget a model can bear
 
@@ -94,7 +94,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _profile(argv: list[str]) -> int:
-    from kvserve.profiling import moa, retrieval
+    from kvserve.profiling import moa, retrieval, scorer
 
     parser = argparse.ArgumentParser(prog="kvserve profile")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -102,8 +102,12 @@ def _profile(argv: list[str]) -> int:
         kinds.add_parser("retrieval", help="find the heads that retrieve")
     )
     moa.add_arguments(kinds.add_parser("moa", help="find a span for every KV head"))
+    scorer.add_arguments(
+        kinds.add_parser("scorer", help="learn which tokens of a head are needed")
+    )
     args = parser.parse_args(argv)
-    return moa.run(args) if args.kind == "moa" else retrieval.run(args)
+    runs = {"retrieval": retrieval.run, "moa": moa.run, "scorer": scorer.run}
+    return runs[args.kind](args)
 
 
 def _bench(argv: list[str]) -> int:

@@ -110,6 +110,44 @@ class PromptAttention(ABC):
         return
 
 
+class PlainKeyAttention(PromptAttention):
+    """Attention that knows keys as they were before their rotation too."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, Tensor] = {}
+
+    def attach(self, model: Any) -> None:
+        super().attach(model)
+        for module in model.modules():
+            keys = getattr(module, "k_norm", None) or getattr(module, "k_proj", None)
+            if hasattr(module, "layer_idx") and keys is not None:
+                keys.register_forward_hook(self._noting(module.layer_idx))
+
+    def _noting(self, layer: int) -> Any:
+        def note(_module: Any, _inputs: Any, output: Tensor) -> None:
+            self._plain[layer] = output.detach()
+
+        return note
+
+    def plain_keys(self, layer: int, key: Tensor) -> Tensor:
+        """Return the keys that became ``key``, ``[H_kv, n, d]``; once in each pass.
+
+        Raises:
+            UserError: the model does not show them.
+        """
+        if layer not in self._plain:
+            raise UserError(
+                "MODEL: its layers project keys together with the rest, which this "
+                "profile cannot tell apart; choose a policy that learns nothing, such "
+                "as keydiff"
+            )
+        _, heads, tokens, size = key.shape
+        return self._plain.pop(layer).view(tokens, heads, size).transpose(0, 1)
+
+    def pass_over(self, layer: int, key: Tensor) -> None:
+        self._plain.pop(layer, None)
+
+
 def _is_causal(mask: Tensor) -> bool:
     """Whether each query of a mask, ``[1, 1, n, n]``, sees everything before it."""
     tokens = mask.shape[-1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvserve.errors import UserError
-from kvserve.profiling.attention_hook import PromptAttention
+from kvserve.profiling.attention_hook import PlainKeyAttention
 from kvserve.texts.haystack import insert, passage
 from kvserve.texts.needles import Family, chat, encode, fit
 
@@ -109,7 +109,7 @@ def repeat(tokenizer: Any, rendered: str, text: str) -> Repetition:
     return Repetition(token_ids, (inside[0], inside[-1] + 1), reply)
 
 
-class RepetitionProbe(PromptAttention):
+class RepetitionProbe(PlainKeyAttention):
     """Causal attention that notes the most that a repetition pays to each token.
 
     Attributes:
@@ -121,39 +121,14 @@ class RepetitionProbe(PromptAttention):
     name = "kvserve_repetition"
 
     def __init__(self) -> None:
+        super().__init__()
         self.reply = 0
         self.readings: dict[int, Reading] = {}
-        self._keys: dict[int, Tensor] = {}
-
-    def attach(self, model: Any) -> None:
-        """Make ``model`` compute its attention here, and show its keys unrotated.
-
-        Raises:
-            UserError: it cannot be measured.
-        """
-        super().attach(model)
-        for module in model.modules():
-            keys = getattr(module, "k_norm", None) or getattr(module, "k_proj", None)
-            if hasattr(module, "layer_idx") and keys is not None:
-                keys.register_forward_hook(self._noting(module.layer_idx))
-
-    def _noting(self, layer: int) -> Any:
-        def note(_module: Any, _inputs: Any, output: Tensor) -> None:
-            self._keys[layer] = output.detach()
-
-        return note
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        if layer not in self._keys:
-            raise UserError(
-                "MODEL: its layers project keys together with the rest, which this "
-                "profile cannot tell apart; choose a policy that learns nothing, such "
-                "as keydiff"
-            )
-        _, heads, tokens, size = key.shape
-        group = query.shape[1] // heads
+        group = query.shape[1] // key.shape[1]
         output = functional.scaled_dot_product_attention(
             query,
             key.repeat_interleave(group, 1),
@@ -161,16 +136,12 @@ class RepetitionProbe(PromptAttention):
             is_causal=True,
             scale=scale,
         )
-        flat = self._keys.pop(layer).view(tokens, heads, size)
         self.readings[layer] = Reading(
-            flat.transpose(0, 1)[:, : self.reply],
+            self.plain_keys(layer, key)[:, : self.reply],
             value[0, :, : self.reply],
             most_attention(query[0] * scale, key[0], self.reply),
         )
         return output
-
-    def pass_over(self, layer: int, key: Tensor) -> None:
-        self._keys.pop(layer, None)
 
 
 def most_attention(query: Tensor, key: Tensor, reply: int) -> Tensor:
