@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
@@ -110,42 +110,51 @@ class PromptAttention(ABC):
         return
 
 
-class PlainKeyAttention(PromptAttention):
-    """Attention that knows keys as they were before their rotation too."""
+class PlainAttention(PromptAttention):
+    """Attention that knows queries and keys as they were before their rotation too."""
 
     def __init__(self) -> None:
-        self._plain: dict[int, Tensor] = {}
+        self._plain: dict[tuple[str, int], Tensor] = {}
 
     def attach(self, model: Any) -> None:
         super().attach(model)
         for module in model.modules():
-            keys = getattr(module, "k_norm", None) or getattr(module, "k_proj", None)
-            if hasattr(module, "layer_idx") and keys is not None:
-                keys.register_forward_hook(self._noting(module.layer_idx))
+            for kind in ("q", "k") if hasattr(module, "layer_idx") else ():
+                norm = getattr(module, f"{kind}_norm", None)
+                last = norm or getattr(module, f"{kind}_proj", None)
+                if last is not None:
+                    last.register_forward_hook(self._noting(kind, module.layer_idx))
 
-    def _noting(self, layer: int) -> Any:
+    def _noting(self, kind: str, layer: int) -> Any:
         def note(_module: Any, _inputs: Any, output: Tensor) -> None:
-            self._plain[layer] = output.detach()
+            self._plain[kind, layer] = output.detach()
 
         return note
 
-    def plain_keys(self, layer: int, key: Tensor) -> Tensor:
-        """Return the keys that became ``key``, ``[H_kv, n, d]``; once in each pass.
+    def plain(self, kind: Literal["q", "k"], layer: int, rotated: Tensor) -> Tensor:
+        """Return the queries or keys that became ``rotated``; once in each pass.
+
+        Args:
+            rotated: ``[1, heads, n, d]``.
+
+        Returns:
+            ``[heads, n, d]``.
 
         Raises:
             UserError: the model does not show them.
         """
-        if layer not in self._plain:
+        if (kind, layer) not in self._plain:
             raise UserError(
-                "MODEL: its layers project keys together with the rest, which this "
-                "profile cannot tell apart; choose a policy that learns nothing, such "
-                "as keydiff"
+                "MODEL: its layers project queries, keys and values together, which "
+                "this profile cannot tell apart; choose a policy that learns nothing, "
+                "such as keydiff"
             )
-        _, heads, tokens, size = key.shape
-        return self._plain.pop(layer).view(tokens, heads, size).transpose(0, 1)
+        _, heads, tokens, size = rotated.shape
+        return self._plain.pop((kind, layer)).view(tokens, heads, size).transpose(0, 1)
 
     def pass_over(self, layer: int, key: Tensor) -> None:
-        self._plain.pop(layer, None)
+        for kind in ("q", "k"):
+            self._plain.pop((kind, layer), None)
 
 
 def _is_causal(mask: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvserve.errors import UserError
-from kvserve.profiling.attention_hook import PlainKeyAttention
+from kvserve.profiling.attention_hook import PlainAttention
 from kvserve.texts.haystack import insert, passage
 from kvserve.texts.needles import Family, chat, encode, fit
 
@@ -49,10 +49,12 @@ class Reading:
     """What one layer made of the text, and what repeating it looked at.
 
     Attributes:
-        keys, values: Before rotation, of the prompt, ``[H_kv, n, d]``, float32.
+        queries: Before rotation, of the prompt, ``[H_q, n, d]``, float32.
+        keys, values: Likewise, ``[H_kv, n, d]``.
         scores: Most attention that the repetition pays, ``[H_kv, n]``, float32.
     """
 
+    queries: Tensor
     keys: Tensor
     values: Tensor
     scores: Tensor
@@ -109,7 +111,7 @@ def repeat(tokenizer: Any, rendered: str, text: str) -> Repetition:
     return Repetition(token_ids, (inside[0], inside[-1] + 1), reply)
 
 
-class RepetitionProbe(PlainKeyAttention):
+class RepetitionProbe(PlainAttention):
     """Causal attention that notes the most that a repetition pays to each token.
 
     Attributes:
@@ -137,7 +139,8 @@ class RepetitionProbe(PlainKeyAttention):
             scale=scale,
         )
         self.readings[layer] = Reading(
-            self.plain_keys(layer, key)[:, : self.reply],
+            self.plain("q", layer, query)[:, : self.reply],
+            self.plain("k", layer, key)[:, : self.reply],
             value[0, :, : self.reply],
             most_attention(query[0] * scale, key[0], self.reply),
         )

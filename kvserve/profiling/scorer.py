@@ -44,6 +44,7 @@ from kvserve.profiling.runs import (
 )
 from kvserve.profiling.score_training import train_network
 from kvserve.texts.families import PROFILING
+from policies.expected_attention import FREQUENCIES, QUERIES_FORMAT
 from policies.history import HISTORY_FORMAT
 from policies.kvzap import SCORER_FORMAT, Network, inputs_of
 from policies.thinning import Groups
@@ -60,6 +61,9 @@ _EXAMPLE = """examples:
 
 Ctrl-C stops; the same command goes on.
 """
+
+
+_About = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,19 @@ def profile_scorer(
     out_dir: Path,
     progress: bool = True,
     data: Path | None = None,
-) -> tuple[Path, Path]:
+) -> tuple[Path, Path, Path]:
     """Train a scorer, and share a budget out over heads.
 
     What is finished is remembered in the cache directory: a run that was stopped goes
-    on where it was. For each text of the embedded model that takes 32 MiB, which are
+    on where it was. For each text of the embedded model that takes 36 MiB, which are
     given back at the end.
 
     Args:
         data: Prose to hide facts in; ``None`` is the book that ships.
 
     Returns:
-        The paths of ``kvzap.safetensors`` and ``history.json``.
+        The paths of ``kvzap.safetensors``, ``queries.safetensors`` and
+        ``history.json``.
 
     Raises:
         UserError: the model cannot be loaded or measured.
@@ -125,21 +130,22 @@ def profile_scorer(
     store = store_path(model_dir, dataclasses.astuple(settings), text).with_suffix("")
     store.mkdir(exist_ok=True)
     _read(model, tokenizer, settings, text, store, progress)
+    texts = [load_file(path) for path in sorted(store.glob("text-*.safetensors"))]
     config = model.config.get_text_config()
     about = about_model(model_dir, model, config.num_key_value_heads)
-    del model
-    texts = [load_file(path) for path in sorted(store.glob("text-*.safetensors"))]
+    about["head_size"] = texts[0]["keys"].shape[-1]
     networks = _train(texts, settings, store, progress)
     shares = head_shares(torch.cat([one["scores"] for one in texts], 1).float())
     layers = texts[0]["layers"].tolist()
     out_dir.mkdir(parents=True, exist_ok=True)
     weights = _write_networks(out_dir, dict(zip(layers, networks, strict=True)), about)
+    queries = _write_queries(out_dir, texts, rotary_frequencies(model), about)
     used = {**dataclasses.asdict(settings), "data": data_name}
     rows = torch.zeros(len(LEVELS), about["num_layers"], shares.shape[-1])
     rows[:, layers] = shares
     history = _write_shares(out_dir, {**about, "shares": rows, "settings": used})
     shutil.rmtree(store)
-    return weights, history
+    return weights, queries, history
 
 
 def _read(
@@ -164,7 +170,8 @@ def _read(
         )
         readings = read_and_repeat(model, probe, repetition)
         layers = torch.tensor(sorted(probe.readings))
-        save_whole({**in_groups(readings, repetition.text[1]), "layers": layers}, path)
+        found = in_groups(readings, repetition.text[1]) | moments(readings)
+        save_whole({**found, "layers": layers}, path)
 
 
 def in_groups(readings: Sequence[Reading], end: int) -> dict[str, Tensor]:
@@ -186,6 +193,13 @@ def in_groups(readings: Sequence[Reading], end: int) -> dict[str, Tensor]:
         "values": cut([one.values for one in readings]),
         "scores": cut([one.scores for one in readings]),
     }
+
+
+def moments(readings: Sequence[Reading]) -> dict[str, Tensor]:
+    """Means of queries and of their products, ``[R, H_q, d]``, ``[R, H_q, d, d]``."""
+    queries = torch.stack([one.queries for one in readings])
+    products = queries.transpose(2, 3) @ queries / queries.shape[2]
+    return {"mean": queries.mean(2).cpu(), "products": products.cpu()}
 
 
 def head_shares(scores: Tensor) -> Tensor:
@@ -224,20 +238,48 @@ def _train(
     return networks
 
 
-def _write_networks(
-    out_dir: Path, networks: dict[int, Network], about: dict[str, Any]
-) -> Path:
+def _write_networks(out_dir: Path, networks: dict[int, Network], about: _About) -> Path:
     """Write weights as half floats, and what scales inputs as it is."""
     tensors = {
         f"{layer}.{part}": tensor.half() if "." in part else tensor
         for layer, network in networks.items()
         for part, tensor in network.items()
     }
-    size = len(networks[min(networks)]["mean"]) // (2 * about["num_kv_heads"])
-    metadata = {"format": SCORER_FORMAT, **about, "head_size": size}
     path = out_dir / "kvzap.safetensors"
-    save_whole(tensors, path, {key: str(value) for key, value in metadata.items()})
+    save_whole(tensors, path, _metadata(SCORER_FORMAT, about))
     return path
+
+
+def _write_queries(
+    out_dir: Path, texts: list[dict[str, Tensor]], frequencies: Tensor, about: _About
+) -> Path:
+    """Write how queries are distributed over all texts, covariances as half floats."""
+    mean, products = (
+        torch.stack([one[name] for one in texts]).mean(0)
+        for name in ("mean", "products")
+    )
+    covariance = products - mean[..., :, None] * mean[..., None, :]
+    tensors = {FREQUENCIES: frequencies}
+    for place, layer in enumerate(texts[0]["layers"].tolist()):
+        tensors[f"{layer}.mean"] = mean[place]
+        tensors[f"{layer}.covariance"] = covariance[place].half()
+    path = out_dir / "queries.safetensors"
+    save_whole(tensors, path, _metadata(QUERIES_FORMAT, about))
+    return path
+
+
+def rotary_frequencies(model: Any) -> Tensor:
+    """How a model's rotation turns keys, radians a token, ``[r]``; empty: it does not.
+
+    Those of all layers with a choice of their own: what others turn by is not asked.
+    """
+    found = (getattr(module, "inv_freq", None) for module in model.modules())
+    frequencies = next((one for one in found if one is not None), torch.zeros(0))
+    return frequencies.detach().float().cpu()
+
+
+def _metadata(kind: str, about: _About) -> dict[str, str]:
+    return {key: str(value) for key, value in {"format": kind, **about}.items()}
 
 
 def _write_shares(out_dir: Path, profile: dict[str, Any]) -> Path:
@@ -274,8 +316,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="where to write kvzap.safetensors and history.json (default: beside the "
-        "profiles that ship, where policies find them by the model's name)",
+        help="where to write kvzap.safetensors, queries.safetensors and history.json "
+        "(default: beside the profiles that ship, where policies find them by the "
+        "model's name)",
     )
     parser.add_argument(
         "--data",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +137,3 @@ def test_weights_are_read_once_and_named_to_other_processes(
 
 def fail(*_: Any) -> bytes:
     raise AssertionError("read again")
-
-
-def test_the_shipped_scorer_is_of_the_embedded_model(tmp_path: Path) -> None:
-    shape = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64, max_tokens=4096)
-    policy = KVzap(budget=0.125)
-    keeps = [head.keep for layer in policy.budgets(shape, 4096) for head in layer]
-    assert min(keeps) == 0
-    assert max(keeps) > 100
-    assert set(policy.files(shape.name)) == {"profile", "weights"}
-    copied = tmp_path / "kvzap.safetensors"
-    shutil.copy(policy.files(shape.name)["weights"], copied)
-    assert copied.stat().st_size < 8 << 20

@@ -41,7 +41,7 @@ def test_scores_are_the_most_that_the_repetition_pays() -> None:
         torch.testing.assert_close(one.scores, expected)
 
 
-def test_keys_are_those_before_rotation() -> None:
+def test_queries_and_keys_are_those_before_rotation() -> None:
     tokens, model = [*range(200)], tiny_llama(vocab_size=257)
     probe = RepetitionProbe()
     probe.attach(model)
@@ -49,10 +49,11 @@ def test_keys_are_those_before_rotation() -> None:
     block = model.model.layers[0]
     hidden = block.input_layernorm(model.model.embed_tokens(torch.tensor(tokens)))
     for found, module in (
+        (first.queries, block.self_attn.q_proj),
         (first.keys, block.self_attn.k_proj),
         (first.values, block.self_attn.v_proj),
     ):
-        expected = module(hidden)[:100].view(100, KV_HEADS, -1).transpose(0, 1)
+        expected = module(hidden)[:100].view(100, len(found), -1).transpose(0, 1)
         torch.testing.assert_close(found, expected)
 
 
@@ -75,5 +76,7 @@ def test_keys_that_have_no_projection_of_their_own_are_refused(tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     probe = RepetitionProbe()
     probe.attach(model)
-    with pytest.raises(UserError, match=r"^MODEL: its layers project keys .*keydiff$"):
+    with pytest.raises(
+        UserError, match=r"^MODEL: its layers project queries, .*keydiff$"
+    ):
         read_and_repeat(model, probe, Repetition([1, 2, 3, 4], (0, 2), 2))

@@ -17,6 +17,7 @@ from kvserve.profiling import scorer
 from kvserve.profiling.score_training import train_network
 from kvserve.profiling.scorer import ScorerSettings, head_shares, profile_scorer
 from policies.base import ModelShape
+from policies.expected_attention import ExpectedAttention
 from policies.history import load_shares
 from policies.kvzap import KVzap, foretell
 from policies.thinning import Groups
@@ -31,18 +32,21 @@ def test_policies_read_what_is_written(
     model_dir: str, tmp_path: Path, private_cache: Path
 ) -> None:
     out = tmp_path / "out"
-    weights, history = profile_scorer(model_dir, SMALL, out, progress=False)
+    weights, queries, history = profile_scorer(model_dir, SMALL, out, progress=False)
     policy = KVzap(weights=str(weights), profile=str(history))
+    other = ExpectedAttention(queries=str(queries), profile=str(history))
+    assert other.budgets(SHAPE, 4096) == policy.budgets(SHAPE, 4096)
     keeps = [head.keep for layer in policy.budgets(SHAPE, 4096) for head in layer]
     assert 0 < sum(keeps) < 128 * len(keeps)
     groups = torch.randn(2, 3, KV_HEADS, 128, 8).unbind()
     seen = Groups(groups[0], groups[1], torch.zeros(3, 128, dtype=torch.long))
     for layer in range(LAYERS):
-        assert policy.scores(SHAPE, layer, seen).isfinite().all()
+        for one in (policy, other):
+            assert one.scores(SHAPE, layer, seen).isfinite().all()
     settings = json.loads(history.read_text())["settings"]
     assert settings["texts"] == 2
     assert [file.name for file in (private_cache / "profiles").iterdir()] == []
-    assert {*out.iterdir()} == {weights, history}
+    assert {*out.iterdir()} == {weights, queries, history}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +74,11 @@ def test_a_run_that_was_stopped_goes_on(
     assert len(calls) == after
     parts = profile_scorer(model_dir, SMALL, tmp_path / "parts", progress=False)
     assert len(calls) == (2 if name == "read_and_repeat" else LAYERS)
-    one, other = load_file(whole[0]), load_file(parts[0])
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert whole[1].read_text() == parts[1].read_text()
+    for kind in range(2):
+        one, other = load_file(whole[kind]), load_file(parts[kind])
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert whole[2].read_text() == parts[2].read_text()
 
 
 def test_a_network_learns_what_keys_and_values_tell() -> None:
@@ -100,7 +105,7 @@ def test_shares_are_above_thresholds_for_the_whole_model() -> None:
 
 
 def test_the_file_lists_each_layer_of_the_model(model_dir: str, tmp_path: Path) -> None:
-    _, history = profile_scorer(model_dir, SMALL, tmp_path, progress=False)
+    *_, history = profile_scorer(model_dir, SMALL, tmp_path, progress=False)
     shares = load_shares(str(history), SHAPE)
     assert shares is not None
     assert len(shares) == len(scorer.LEVELS) + 2
