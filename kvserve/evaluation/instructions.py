@@ -23,7 +23,8 @@ from kvserve.texts.needles import chat, encode, fit
 
 _GIVEN = 4
 _REPLY, _SHORT_REPLY = 96, 32
-_RETELL = "Say in a few sentences what the text above is about."
+_ASKED = "Reply to me now, and keep to your rules."
+"""Asked to summarize, models of 0.5B parameters forget every rule by themselves."""
 _TEXTS = {
     "capitals": "Write your whole reply in capital letters.",
     "begins": "Begin your reply with the word {value}.",
@@ -100,12 +101,12 @@ class Kept:
 
 
 def instructions(place: Place) -> Sample:
-    """Four rules for the reply in the system prompt, and a text to summarize."""
+    """Four rules for the reply in the system prompt, and a text to reply to."""
     rng = rng_of("instructions", place)
     given = _draw(rng)
     rules = "\n".join(f"{n}. {one.text}" for n, one in enumerate(given, 1))
     system = f"Follow every one of these rules in your reply:\n{rules}"
-    request = _behind(place, "instructions", system, _RETELL, _REPLY)
+    request = _behind(place, "instructions", system, _ASKED, _REPLY)
     return Sample(request, grade=Followed(given))
 
 

@@ -58,6 +58,18 @@ def test_the_full_cache_finds_every_needle_and_agrees_with_itself(
     assert found["full", "agreement"]["divergence"] < 0.01
 
 
+def test_every_line_has_the_speed_of_its_requests(report: Path) -> None:
+    for line in scores(report).values():
+        assert line["speed"]["tokens_per_second"] > 0
+        assert line["speed"]["first_after"] > 0
+    timings = [
+        record["timing"]
+        for record in map(json.loads, (report / "cells.jsonl").read_text().splitlines())
+        if "cell" in record
+    ]
+    assert all(max(one["first_after"]) <= one["seconds"] for one in timings)
+
+
 def test_the_last_page_alone_finds_nothing_outside_it(report: Path) -> None:
     found = scores(report)
     assert found[_LAST_PAGE, "needle"]["score"] == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvserve.errors import UserError
+from kvserve.evaluation.engine import FirstTokens
 from kvserve.evaluation.runner import Runner
 from kvserve.evaluation.store import FILE, Store
 from tests.unit.fake_backend import FakeContender, assignment
@@ -150,3 +152,25 @@ def test_the_file_says_its_conditions_first(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     first = (tmp_path / FILE).read_text().splitlines()[0]
     assert json.loads(first) == {"conditions": CONDITIONS}
+
+
+def test_the_first_token_is_timed_from_the_step_that_lets_a_request_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter([1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    waiting = SimpleNamespace(num_computed_tokens=0, num_output_tokens=0)
+    running = SimpleNamespace(num_computed_tokens=32, num_output_tokens=0)
+    scheduler = SimpleNamespace(requests={"a": running, "b": waiting})
+    clock = FirstTokens(scheduler)
+    clock.start()
+    clock.note()
+    running.num_output_tokens = waiting.num_computed_tokens = 1
+    clock.start()
+    clock.note()
+    # Both end in the next step, b with its first token.
+    clock.start()
+    scheduler.requests = {}
+    clock.note()
+    assert clock.close("a") == 5.0 - 1.0
+    assert clock.close("b") == 8.0 - 3.0

@@ -55,7 +55,7 @@ DIGESTS = {
     "qa_2": "a671e427d32e",
     "long-copy": "645dd2b9160f",
     "long-count": "45da2f11d3f6",
-    "instructions": "45e671704d9b",
+    "instructions": "43510bc7a41e",
     "leak": "962bfc2e8cb0",
     "perplexity": "b44b267403a8",
     "agreement": "0fb2dcf674d7",
