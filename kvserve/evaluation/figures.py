@@ -327,7 +327,9 @@ def _write(axis: Any, column: int, row: int, line: Line, colour: float) -> None:
 
 
 def _goodness(line: Line) -> float:
-    """Where a score lies between bad and good; a perplexity by its ratio to full."""
+    """Where a score lies between bad and good; some by their ratio to full."""
+    if line.kind == "instructions":
+        return np.nan if line.of_full is None else min(line.of_full, 1.0)
     if line.kind != "perplexity":
         return line.score
     return 1.0 if line.of_full is None else max(0.0, 1 - 2 * (line.of_full - 1))

@@ -169,6 +169,16 @@ def test_a_table_has_memory_score_and_speed_of_every_policy(
     assert mean["speed"]["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("name", ["needle", "needle-before"])
+def test_a_file_that_is_called_like_a_task_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text('{"prompt": "Who?", "answer": "Anne"}\n')
+    assert evaluate(tmp_path / "out", "--task", str(path)) == 2
+    assert "is called like a task that ships" in capsys.readouterr().err
+
+
 def test_both_places_of_a_question_stand_side_by_side(tmp_path: Path) -> None:
     asked = ("--length", "2048", "--task", "needle", "--question", "both")
     assert evaluate(tmp_path, *asked) == 0

@@ -137,6 +137,15 @@ def test_instructions_that_the_full_cache_fails_are_still_compared_with_it() -> 
     assert any("Small models fail many" in x for x in remarks(summary, HEADING))
 
 
+def test_instructions_that_full_never_follows_are_drawn_all_the_same(
+    tmp_path: Path,
+) -> None:
+    kind = {"task": "instructions", "kind": "instructions"}
+    made = [cell("full", [0, 0], **kind), cell("full", [1, 1])]
+    made += [small("a", [0.5, 0], **kind), small("a", [1, 0])]
+    assert tmp_path / "tasks.png" in write_report(made, HEADING, tmp_path)
+
+
 def test_repetition_of_long_replies_stands_beside_their_score() -> None:
     summary = Summary([cell("full", [1, 1], task="long-count", distinct=[0.9, 0.7])])
     assert "1.00, distinct 0.80" in make_tables(summary)[0].markdown()
