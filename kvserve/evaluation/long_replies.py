@@ -52,8 +52,8 @@ def long_copy(place: Place) -> Sample:
     _check(place, 2 * place.reply)
     rng = rng_of("long-copy", place)
     entries = "\n".join(
-        f"{number}. {' '.join(rng.sample(WORDS, 2))} {rng.randrange(100, 1000)}"
-        for number in range(1, place.reply)
+        f"{' '.join(rng.sample(WORDS, 2))} {rng.randrange(100, 1000)}"
+        for _ in range(place.reply)
     )
     # A reply's tokens may be cut in other places than the text's; a cut line is none.
     first, *lines = _cut(place, entries, place.reply * 15 // 16).split("\n")[:-1]

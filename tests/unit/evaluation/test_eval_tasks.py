@@ -53,7 +53,7 @@ DIGESTS = {
     "fwe": "8165d8df30e7",
     "qa_1": "1c369364e0bc",
     "qa_2": "a671e427d32e",
-    "long-copy": "645dd2b9160f",
+    "long-copy": "49a1a095ded3",
     "long-count": "45da2f11d3f6",
     "instructions": "43510bc7a41e",
     "leak": "962bfc2e8cb0",
