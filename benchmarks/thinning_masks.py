@@ -352,7 +352,7 @@ def main() -> None:
         known_right.append(read(model, case))
     _show("full", 1.0, 1.0, known_right, known_right)
     for budget, name in itertools.product(args.budgets, args.scorers):
-        policy = _POLICIES.get(name, KNorm)(budget=budget)
+        policy = _POLICIES.get(name, KNorm)(budget=budget, profile=args.profile)
         budgets = policy.budgets(shape, args.budget_length)
         keeps = tuple(tuple(head.keep for head in layer) for layer in budgets)
         answers = []
@@ -401,6 +401,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scorers", nargs="+", choices=names, default=names)
     budgets = [0.25, 0.15, 0.125, 0.1]
     parser.add_argument("--budgets", nargs="+", type=float, default=budgets)
+    parser.add_argument("--profile", help="another history.json than that which ships")
     return parser.parse_args()
 
 

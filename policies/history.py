@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of its history each KV head keeps: profiles, and budgets made of them.
 
-A profile says, for a ladder of thresholds on KVzip's scores (arXiv 2505.23416, section
-3.2), each the same for the whole model, which share of a head's tokens lies above: the
-paper's own split of a budget over heads, measured beforehand on texts of which none is
-served, so that positions alone decide how much a request holds.
+A profile says for a ladder of budgets how they are split over heads: which share of
+its own history each keeps. It is measured beforehand, on texts of which none is served,
+so that positions alone decide how much a request holds; KVzip (arXiv 2505.23416,
+section 3.2) splits each prompt's budget by that prompt's own scores.
 """
 
 from __future__ import annotations

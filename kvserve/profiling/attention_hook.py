@@ -115,6 +115,7 @@ class PlainAttention(PromptAttention):
 
     def __init__(self) -> None:
         self._plain: dict[tuple[str, int], Tensor] = {}
+        self._hooks: list[Any] = []
 
     def attach(self, model: Any) -> None:
         super().attach(model)
@@ -123,7 +124,13 @@ class PlainAttention(PromptAttention):
                 norm = getattr(module, f"{kind}_norm", None)
                 last = norm or getattr(module, f"{kind}_proj", None)
                 if last is not None:
-                    last.register_forward_hook(self._noting(kind, module.layer_idx))
+                    note = self._noting(kind, module.layer_idx)
+                    self._hooks.append(last.register_forward_hook(note))
+
+    def detach(self) -> None:
+        """Look at the model no longer, before another is attached to it."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _noting(self, kind: str, layer: int) -> Any:
         def note(_module: Any, _inputs: Any, output: Tensor) -> None:

@@ -3,9 +3,9 @@
 
 Texts with made-up facts in them are read and repeated (``repetition.py``); what the
 repetition looked at tells what to keep. A network for each layer learns to foretell it
-from keys and values alone (``score_training.py``), and the share of each head's tokens
-that lie above thresholds for the whole model becomes its part of a budget
-(``policies/history.py``).
+from keys and values alone (``score_training.py``). Then prompts whose replies recite
+facts tell what it would cost each head to keep no more than its best few tokens
+(``history_cost.py``), which becomes its part of a budget (``head_shares.py``).
 """
 
 from __future__ import annotations
@@ -13,23 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvserve.models import add_model
-from kvserve.profiling.repetition import (
-    Reading,
-    RepetitionProbe,
-    build_repetition,
-    read_and_repeat,
-)
+from kvserve.profiling.head_shares import share_ladder
 from kvserve.profiling.runs import (
     about_model,
     add_flags,
@@ -42,17 +34,11 @@ from kvserve.profiling.runs import (
     store_path,
     to_lines,
 )
-from kvserve.profiling.score_training import train_network
-from kvserve.texts.families import PROFILING
+from kvserve.profiling.scorer_steps import ScorerRun, save_whole
 from policies.expected_attention import FREQUENCIES, QUERIES_FORMAT
 from policies.history import HISTORY_FORMAT
-from policies.kvzap import SCORER_FORMAT, Network, inputs_of
-from policies.thinning import Groups
+from policies.kvzap import SCORER_FORMAT, Network
 
-_SINKS, _GROUP = 32, 128
-_PERCENT = "0.5 1 2 3 4 5 6 8 10 12.5 15 20 25 30 40 50 60 70 80 90"
-LEVELS = tuple(float(percent) / 100 for percent in _PERCENT.split())
-"""Shares of all tokens of all heads that lie above the thresholds of a ladder."""
 _EXAMPLE = """examples:
   kvserve profile scorer Qwen/Qwen2.5-0.5B-Instruct --out profiles/qwen
   kvserve serve Qwen/Qwen2.5-0.5B-Instruct --policy kvzap:budget=12.5% \\
@@ -70,7 +56,8 @@ _About = dict[str, Any]
 class ScorerSettings:
     """How much to read, and how to learn from it.
 
-    The defaults take the embedded model on two idle CPU cores about ten minutes.
+    The defaults take the embedded model on two idle CPU cores about a quarter
+    of an hour.
 
     Attributes:
         texts: Texts to read and repeat.
@@ -78,6 +65,8 @@ class ScorerSettings:
         facts: Made-up facts in each.
         width: Hidden units of each layer's network.
         epochs: How often each text is learned from.
+        prompts: Prompts to weigh heads by, as long as texts.
+        recited: Made-up facts in each, which its reply recites.
         seed: Draws texts and facts, and what networks start with.
     """
 
@@ -86,10 +75,13 @@ class ScorerSettings:
     facts: int = 8
     width: int = 256
     epochs: int = 12
+    prompts: int = 16
+    recited: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one(self, "texts", "tokens", "facts", "width", "epochs")
+        names = [field.name for field in dataclasses.fields(self)]
+        at_least_one(self, *(name for name in names if name != "seed"))
 
 
 _HELP = {
@@ -98,6 +90,8 @@ _HELP = {
     "facts": "made-up facts hidden in each",
     "width": "hidden units of each layer's network",
     "epochs": "how often each text is learned from",
+    "prompts": "prompts to weigh heads by, as long as texts",
+    "recited": "made-up facts in each, which its reply recites",
     "seed": "draws texts and facts, and what networks start with",
 }
 
@@ -129,113 +123,32 @@ def profile_scorer(
     model, tokenizer = load_model(model_dir, {"--tokens": 2 * settings.tokens})
     store = store_path(model_dir, dataclasses.astuple(settings), text).with_suffix("")
     store.mkdir(exist_ok=True)
-    _read(model, tokenizer, settings, text, store, progress)
-    texts = [load_file(path) for path in sorted(store.glob("text-*.safetensors"))]
+    run = ScorerRun(
+        model,
+        tokenizer,
+        text,
+        settings.tokens,
+        settings.facts,
+        settings.recited,
+        settings.seed,
+        store,
+        progress,
+    )
+    texts = run.read(settings.texts)
+    networks = run.train(texts, settings.width, settings.epochs)
+    shares = share_ladder(run.weigh(networks, settings.prompts))
     config = model.config.get_text_config()
     about = about_model(model_dir, model, config.num_key_value_heads)
     about["head_size"] = texts[0]["keys"].shape[-1]
-    networks = _train(texts, settings, store, progress)
-    shares = head_shares(torch.cat([one["scores"] for one in texts], 1).float())
-    layers = texts[0]["layers"].tolist()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    weights = _write_networks(out_dir, dict(zip(layers, networks, strict=True)), about)
-    queries = _write_queries(out_dir, texts, rotary_frequencies(model), about)
     used = {**dataclasses.asdict(settings), "data": data_name}
-    rows = torch.zeros(len(LEVELS), about["num_layers"], shares.shape[-1])
-    rows[:, layers] = shares
-    history = _write_shares(out_dir, {**about, "shares": rows, "settings": used})
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = (
+        _write_networks(out_dir, networks, about),
+        _write_queries(out_dir, texts, rotary_frequencies(model), about),
+        _write_shares(out_dir, {**about, "shares": shares, "settings": used}),
+    )
     shutil.rmtree(store)
-    return weights, queries, history
-
-
-def _read(
-    model: Any,
-    tokenizer: Any,
-    settings: ScorerSettings,
-    text: str,
-    store: Path,
-    progress: bool,
-) -> None:
-    """Read and repeat the texts that the store does not hold yet."""
-    probe = RepetitionProbe()
-    probe.attach(model)
-    bar = tqdm(range(settings.texts), "reading", unit="text", disable=not progress)
-    for item in bar:
-        path = store / f"text-{item:04}.safetensors"
-        if path.exists():
-            continue
-        seed = f"scorer/{settings.seed}/{item}"
-        repetition = build_repetition(
-            tokenizer, PROFILING, settings.tokens, settings.facts, seed, text
-        )
-        readings = read_and_repeat(model, probe, repetition)
-        layers = torch.tensor(sorted(probe.readings))
-        found = in_groups(readings, repetition.text[1]) | moments(readings)
-        save_whole({**found, "layers": layers}, path)
-
-
-def in_groups(readings: Sequence[Reading], end: int) -> dict[str, Tensor]:
-    """Lay together what all layers saw of whole groups before ``end``, in half floats.
-
-    Returns:
-        Keys and values, ``[R, n, H_kv, G, d]``, and scores, ``[R, n, H_kv, G]``.
-    """
-    count = (end - _SINKS) // _GROUP
-    rows = slice(_SINKS, _SINKS + count * _GROUP)
-
-    def cut(parts: list[Tensor]) -> Tensor:
-        together = torch.stack([part[:, rows].half().cpu() for part in parts])
-        shape = *together.shape[:2], count, _GROUP, *together.shape[3:]
-        return together.view(shape).transpose(1, 2).contiguous()
-
-    return {
-        "keys": cut([one.keys for one in readings]),
-        "values": cut([one.values for one in readings]),
-        "scores": cut([one.scores for one in readings]),
-    }
-
-
-def moments(readings: Sequence[Reading]) -> dict[str, Tensor]:
-    """Means of queries and of their products, ``[R, H_q, d]``, ``[R, H_q, d, d]``."""
-    queries = torch.stack([one.queries for one in readings])
-    products = queries.transpose(2, 3) @ queries / queries.shape[2]
-    return {"mean": queries.mean(2).cpu(), "products": products.cpu()}
-
-
-def head_shares(scores: Tensor) -> Tensor:
-    """Share of each head's tokens above each threshold, ``[levels, R, H_kv]``.
-
-    Args:
-        scores: Of all texts, ``[R, n, H_kv, G]``.
-    """
-    ranked = scores.flatten().sort().values
-    thresholds = [ranked[int((1 - level) * (len(ranked) - 1))] for level in LEVELS]
-    return torch.stack([(scores > one).float().mean((1, 3)) for one in thresholds])
-
-
-def _train(
-    texts: list[dict[str, Tensor]],
-    settings: ScorerSettings,
-    store: Path,
-    progress: bool,
-) -> list[Network]:
-    """Train the networks that the store does not hold yet; return all."""
-    networks = []
-    count = len(texts[0]["layers"])
-    for layer in tqdm(range(count), "learning", unit="layer", disable=not progress):
-        path = store / f"layer-{layer:03}.safetensors"
-        if not path.exists():
-            keys, values, scores = (
-                torch.cat([one[name][layer] for one in texts]).float()
-                for name in ("keys", "values", "scores")
-            )
-            inputs = inputs_of(Groups(keys, values, torch.empty(0)))
-            network = train_network(
-                inputs, scores, settings.width, settings.epochs, settings.seed
-            )
-            save_whole(network, path)
-        networks.append(load_file(path))
-    return networks
+    return paths
 
 
 def _write_networks(out_dir: Path, networks: dict[int, Network], about: _About) -> Path:
@@ -293,21 +206,12 @@ def _write_shares(out_dir: Path, profile: dict[str, Any]) -> Path:
     return path
 
 
-def save_whole(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a file that whoever finds it finds all of."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_bytes(save(tensors, metadata))
-    unfinished.replace(path)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare ``kvserve profile scorer``."""
     parser.description = (
         "Have the model repeat text, and learn which tokens that takes: a network for\n"
-        "each layer (KVzap, arXiv 2601.07891), and each head's part of a budget\n"
-        "(KVzip, arXiv 2505.23416). All policies that thin use the second."
+        "each layer (KVzap, arXiv 2601.07891; KVzip, arXiv 2505.23416), and each\n"
+        "head's part of a budget, which all policies that thin use."
     )
     parser.epilog = _EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from kvserve.errors import UserError
-from kvserve.profiling import scorer
+from kvserve.profiling import scorer, scorer_steps
+from kvserve.profiling.head_shares import LEVELS
 from kvserve.profiling.score_training import train_network
-from kvserve.profiling.scorer import ScorerSettings, head_shares, profile_scorer
+from kvserve.profiling.scorer import ScorerSettings, profile_scorer
 from policies.base import ModelShape
 from policies.expected_attention import ExpectedAttention
 from policies.history import load_shares
@@ -24,7 +25,7 @@ from policies.thinning import Groups
 from tests.unit.profiling.conftest import interrupted
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS
 
-SMALL = ScorerSettings(texts=2, tokens=500, facts=1, width=4, epochs=1)
+SMALL = ScorerSettings(2, 500, facts=1, width=4, epochs=1, prompts=2, recited=2)
 SHAPE = ModelShape("tiny", LAYERS, QUERY_HEADS, KV_HEADS, 8, max_tokens=4096)
 
 
@@ -50,7 +51,12 @@ def test_policies_read_what_is_written(
 
 
 @pytest.mark.parametrize(
-    ("name", "after"), [("read_and_repeat", 1), ("train_network", 2)]
+    ("name", "after", "calls_in_all"),
+    [
+        ("read_and_repeat", 1, 2),
+        ("train_network", 2, LAYERS),
+        ("measure_history", 1, 2),
+    ],
 )
 def test_a_run_that_was_stopped_goes_on(
     model_dir: str,
@@ -58,22 +64,23 @@ def test_a_run_that_was_stopped_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     after: int,
+    calls_in_all: int,
 ) -> None:
     whole = profile_scorer(model_dir, SMALL, tmp_path / "whole", progress=False)
     calls: list[Any] = []
-    counted = getattr(scorer, name)
+    counted = getattr(scorer_steps, name)
 
     def count(*arguments: Any) -> Any:
         found = counted(*arguments)
         calls.append(found)
         return found
 
-    monkeypatch.setattr(scorer, name, count)
-    with interrupted(scorer, name, calls, after):
+    monkeypatch.setattr(scorer_steps, name, count)
+    with interrupted(scorer_steps, name, calls, after):
         profile_scorer(model_dir, SMALL, tmp_path / "parts", progress=False)
     assert len(calls) == after
     parts = profile_scorer(model_dir, SMALL, tmp_path / "parts", progress=False)
-    assert len(calls) == (2 if name == "read_and_repeat" else LAYERS)
+    assert len(calls) == calls_in_all
     for kind in range(2):
         one, other = load_file(whole[kind]), load_file(parts[kind])
         assert one.keys() == other.keys()
@@ -92,23 +99,11 @@ def test_a_network_learns_what_keys_and_values_tell() -> None:
     assert same > 0.85
 
 
-def test_shares_are_above_thresholds_for_the_whole_model() -> None:
-    scores = torch.rand(2, 50, 3, 128, generator=torch.Generator().manual_seed(0))
-    scores[0, :, 1] += 1
-    shares = head_shares(scores)
-    means = shares.mean((1, 2)).tolist()
-    assert means == pytest.approx(list(scorer.LEVELS), abs=1e-3)
-    assert (shares.diff(dim=0) >= 0).all()
-    at_an_eighth = shares[scorer.LEVELS.index(0.125)]
-    assert at_an_eighth[0, 1] == pytest.approx(0.75, abs=0.01)
-    assert at_an_eighth.sum() == at_an_eighth[0, 1]
-
-
 def test_the_file_lists_each_layer_of_the_model(model_dir: str, tmp_path: Path) -> None:
     *_, history = profile_scorer(model_dir, SMALL, tmp_path, progress=False)
     shares = load_shares(str(history), SHAPE)
     assert shares is not None
-    assert len(shares) == len(scorer.LEVELS) + 2
+    assert len(shares) == len(LEVELS) + 2
 
 
 def test_the_command_says_what_it_wrote_and_what_it_cannot(
@@ -117,6 +112,7 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot(
     parser = argparse.ArgumentParser()
     scorer.add_arguments(parser)
     small = ["--texts", "1", "--facts", "1", "--width", "4", "--epochs", "1"]
+    small += ["--prompts", "1", "--recited", "2"]
     given = [model_dir, "--out", str(tmp_path), *small]
     assert scorer.run(parser.parse_args([*given, "--tokens", "500"])) == 0
     assert str(tmp_path / "kvzap.safetensors") in capsys.readouterr().out
