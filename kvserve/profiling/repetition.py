@@ -6,8 +6,9 @@ it, and its reply is the text, given word for word. A token's score in a KV head
 most attention that any query of the repetition pays to it, over the query heads of
 its group: what nobody needs to say the text again, hardly any question will need.
 
-Where we differ: the first reading is taken again with each part that is repeated,
-instead of its cache; and the scores are for learning from, not for serving.
+Where we differ: a text is short enough to be repeated at once, and the scores are for
+learning from, not for serving. Weighing them by how hard each token was to foretell at
+the first reading made answers worse.
 """
 
 from __future__ import annotations

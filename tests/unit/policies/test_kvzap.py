@@ -14,6 +14,7 @@ from torch.nn import functional
 from kvserve.errors import UserError
 from policies import files
 from policies.base import ModelShape
+from policies.expected_attention import ExpectedAttention
 from policies.kvzap import SCORER_FORMAT, KVzap
 from policies.thinning import Groups
 
@@ -137,3 +138,18 @@ def test_weights_are_read_once_and_named_to_other_processes(
 
 def fail(*_: Any) -> bytes:
     raise AssertionError("read again")
+
+
+def test_what_ships_is_of_the_embedded_model() -> None:
+    shape = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64, max_tokens=4096)
+    for policy in (KVzap(budget=0.125), ExpectedAttention(budget=0.125)):
+        keeps = [head.keep for layer in policy.budgets(shape, 4096) for head in layer]
+        assert min(keeps) == 0
+        assert max(keeps) > 100
+        random = torch.Generator().manual_seed(0)
+        keys, values = (torch.randn(2, 3, 128, 64, generator=random) for _ in range(2))
+        found = policy.scores(shape, 29, Groups(keys, values, torch.zeros(2, 128)))
+        assert found.isfinite().all()
+        sizes = [path.stat().st_size for path in policy.files(shape.name).values()]
+        assert len(sizes) == 2
+        assert sum(sizes) < 8 << 20
