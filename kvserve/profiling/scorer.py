@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvserve.errors import UserError
 from kvserve.models import add_model
 from kvserve.profiling.head_shares import share_ladder
 from kvserve.profiling.runs import (
@@ -39,6 +40,7 @@ from policies.expected_attention import FREQUENCIES, QUERIES_FORMAT
 from policies.history import HISTORY_FORMAT
 from policies.kvzap import SCORER_FORMAT, Network
 
+_LEAST_TOKENS = 384
 _EXAMPLE = """examples:
   kvserve profile scorer Qwen/Qwen2.5-0.5B-Instruct --out profiles/qwen
   kvserve serve Qwen/Qwen2.5-0.5B-Instruct --policy kvzap:budget=12.5% \\
@@ -82,6 +84,11 @@ class ScorerSettings:
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         at_least_one(self, *(name for name in names if name != "seed"))
+        if self.tokens < _LEAST_TOKENS:
+            raise UserError(
+                f"--tokens {self.tokens}: must be at least {_LEAST_TOKENS}, so that "
+                "groups of 128 tokens leave a window"
+            )
 
 
 _HELP = {

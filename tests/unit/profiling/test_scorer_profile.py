@@ -120,3 +120,5 @@ def test_the_command_says_what_it_wrote_and_what_it_cannot(
         scorer.run(parser.parse_args([*given, "--tokens", "600"]))
     with pytest.raises(UserError, match=r"^--texts 0: must be at least 1"):
         ScorerSettings(texts=0)
+    with pytest.raises(UserError, match=r"^--tokens 300: must be at least 384"):
+        ScorerSettings(tokens=300)
