@@ -27,7 +27,16 @@ class KeyDiff(ThinningPolicy):
     capabilities: ClassVar[Capabilities] = THINNING
 
     def scores(self, model: ModelShape, layer: int, groups: Groups) -> Tensor:
-        from torch.nn.functional import cosine_similarity, normalize
+        return unlikeness(groups.keys)
 
-        directions = normalize(groups.keys, dim=-1)
-        return -cosine_similarity(groups.keys, directions.mean(2, keepdim=True), dim=-1)
+
+def unlikeness(keys: Tensor) -> Tensor:
+    """How little keys ``[n, H_kv, G, d]`` resemble the mean direction of their group.
+
+    Returns:
+        ``[n, H_kv, G]``, between -1 and 1.
+    """
+    from torch.nn.functional import cosine_similarity, normalize
+
+    directions = normalize(keys, dim=-1)
+    return -cosine_similarity(keys, directions.mean(2, keepdim=True), dim=-1)

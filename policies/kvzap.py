@@ -7,6 +7,10 @@ reading. Its inputs are hidden states; here they are what a cache holds, the key
 before rotation and the values of all KV heads of the layer, so that a token can be
 judged when it leaves the window. The paper keeps what scores above a threshold; here
 each head keeps its best ``k`` of a group.
+
+Heads that copy look at nearly all they repeat as hard, and to the network nearly all of
+a group is worth as much. Among equals unusual keys come first: what is guessed and
+what :mod:`policies.keydiff` says are added, each by its spread in the group.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from policies.base import HeadBudget, ModelShape, parameter
+from policies.keydiff import unlikeness
 from policies.tensor_files import TensorFile, shipped_or
 from policies.thinning import THINNING, Groups, ThinningPolicy
 
@@ -62,12 +67,19 @@ class KVzap(ThinningPolicy):
 
     def scores(self, model: ModelShape, layer: int, groups: Groups) -> Tensor:
         network = self._file(model.name).layer(model, layer, groups.keys.device)
-        return foretell(network, inputs_of(groups))
+        guesses = foretell(network, inputs_of(groups))
+        return _standard(guesses) + _standard(unlikeness(groups.keys))
 
     def _file(self, model_name: str) -> TensorFile:
         path = shipped_or(self.weights, model_name, "kvzap.safetensors")
         named = self.weights is not None
         return TensorFile(self.name, "weights", path, named, SCORER_FORMAT, PARTS)
+
+
+def _standard(scores: Tensor) -> Tensor:
+    """Bring scores of a group, ``[..., G]``, to mean 0 and variance 1."""
+    spread = scores.std(-1, correction=0, keepdim=True).clamp_min(1e-6)
+    return (scores - scores.mean(-1, keepdim=True)) / spread
 
 
 def inputs_of(groups: Groups) -> Tensor:

@@ -15,6 +15,7 @@ from kvserve.errors import UserError
 from policies import files
 from policies.base import ModelShape
 from policies.expected_attention import ExpectedAttention
+from policies.keydiff import KeyDiff
 from policies.kvzap import SCORER_FORMAT, KVzap
 from policies.thinning import Groups
 
@@ -31,7 +32,9 @@ ABOUT = {
 def tensors(layers: tuple[int, ...] = (0, 1)) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     return {
-        f"{layer}.{part}": torch.rand(*shape, generator=random) + 0.1
+        # What divides inputs is positive; if all were, the network would say one thing.
+        f"{layer}.{part}": torch.rand(*shape, generator=random)
+        + (0.1 if part == "std" else -0.5)
         for layer in layers
         for part, shape in (
             ("mean", (48,)),
@@ -55,7 +58,13 @@ def groups() -> Groups:
     return Groups(keys, values, torch.arange(64).view(4, 16))
 
 
-def test_each_layers_network_reads_keys_and_values_of_all_heads(tmp_path: Path) -> None:
+def standard(scores: torch.Tensor) -> torch.Tensor:
+    return (scores - scores.mean()) / scores.var(correction=0).sqrt()
+
+
+def test_a_networks_guess_and_how_unusual_a_key_is_count_as_much(
+    tmp_path: Path,
+) -> None:
     policy, seen = KVzap(weights=write(tmp_path / "w.safetensors")), groups()
     for layer in range(2):
         part = {
@@ -64,15 +73,21 @@ def test_each_layers_network_reads_keys_and_values_of_all_heads(tmp_path: Path) 
             if name.startswith(f"{layer}.")
         }
         found = policy.scores(MODEL, layer, seen)
+        unusual = KeyDiff().scores(MODEL, layer, seen)
         assert found.shape == (4, 3, 16)
-        for group, token in ((0, 0), (2, 7), (3, 15)):
-            one = torch.cat(
-                [seen.keys[group, :, token], seen.values[group, :, token]]
-            ).flatten()
-            hidden = part["hidden.weight"] @ ((one - part["mean"]) / part["std"])
-            hidden = functional.gelu(hidden + part["hidden.bias"])
-            expected = part["out.weight"] @ hidden + part["out.bias"]
-            torch.testing.assert_close(found[group, :, token], expected)
+        for group, head in ((0, 0), (2, 1), (3, 2)):
+            guesses = []
+            for token in range(16):
+                one = torch.cat(
+                    [seen.keys[group, :, token], seen.values[group, :, token]]
+                ).flatten()
+                hidden = part["hidden.weight"] @ ((one - part["mean"]) / part["std"])
+                hidden = functional.gelu(hidden + part["hidden.bias"])
+                guesses.append((part["out.weight"] @ hidden + part["out.bias"])[head])
+            expected = standard(torch.stack(guesses)) + standard(unusual[group, head])
+            torch.testing.assert_close(
+                found[group, head], expected, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_layers_are_the_models_own_numbers(tmp_path: Path) -> None:
