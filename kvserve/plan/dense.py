@@ -248,7 +248,7 @@ class DenseRule:
     stride: int = 1
     mixed: ClassVar = False
     is_shared: ClassVar = False
-    in_flight: ClassVar = 0
+    in_flight: ClassVar = 1
     may_select: ClassVar = True
 
     @property

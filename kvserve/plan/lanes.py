@@ -10,18 +10,26 @@ hold, and a passing block lives where the one ``ring`` passing blocks before it 
 The window of an *aligned* lane does not slide: a query sees from the last multiple of
 ``w`` blocks on.
 
+Behind the sinks of a *thinned* lane, blocks are counted in groups. A query sees the
+sinks, ``keep`` tokens of each group that lies wholly in front of its last ``w`` blocks,
+packed into history pages, and from there on everything. Between history and the blocks
+that follow it is a *gap*, what is left of the last history page.
+
 A slot is named after the block that opened it. In lanes that do not recycle slots every
 block opens its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+PageArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
 _NEVER = 1 << 40
@@ -44,6 +52,9 @@ class Lanes:
         staying: the same of blocks that stay.
         aligned: whether the window begins at a multiple of its length, ``S``.
         present: whether there is such a lane, ``S``: layers may have fewer than others.
+        group: blocks of a group, ``S``; 0 where the lane is not thinned.
+        keep: tokens that stay of a group, ``S``.
+        page_size: tokens of a page, if lanes may be thinned; else 0.
     """
 
     sinks: IntArray
@@ -55,6 +66,9 @@ class Lanes:
     staying: IntArray
     aligned: BoolArray
     present: BoolArray
+    group: IntArray
+    keep: IntArray
+    page_size: int = 0
 
     @classmethod
     def make(
@@ -90,7 +104,17 @@ class Lanes:
             np.argsort(passes, axis=-1, kind="stable"),
             np.zeros(window.shape, dtype=bool) if aligned is None else aligned,
             np.ones(window.shape, dtype=bool) if present is None else present,
+            np.zeros_like(window),
+            np.zeros_like(window),
         )
+
+    def thinned(self, group: IntArray, keep: IntArray, page_size: int) -> Lanes:
+        """The same lanes, which keep ``keep`` tokens of every ``group`` blocks.
+
+        Args:
+            group, keep: as the attributes.
+        """
+        return replace(self, group=group, keep=keep, page_size=page_size)
 
     @classmethod
     def full(cls, shape: tuple[int, ...], stride: int = 1) -> Lanes:
@@ -104,18 +128,20 @@ class Lanes:
 
     def put(self, row: int, other: Lanes) -> None:
         """Replace lanes ``[:, row]`` by ``other``."""
-        for one in fields(self):
-            getattr(self, one.name)[:, row] = getattr(other, one.name)
+        for name in _ARRAYS:
+            getattr(self, name)[:, row] = getattr(other, name)
 
     def first_rows(self, count: int) -> Lanes:
         """View lanes ``[:, :count]``."""
-        return Lanes(*(getattr(self, one.name)[:, :count] for one in fields(self)))
+        return self._each(lambda lanes: lanes[:, :count])
 
     def by_head(self, rows: IntArray) -> Lanes:
         """Pick lanes ``[:, rows]``, the row last: ``[layers, heads, len(rows)]``."""
-        return Lanes(
-            *(getattr(self, one.name)[:, rows].swapaxes(1, 2) for one in fields(self))
-        )
+        return self._each(lambda lanes: lanes[:, rows].swapaxes(1, 2))
+
+    def _each(self, pick: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Lanes:
+        arrays: dict[str, Any] = {n: pick(getattr(self, n)) for n in _ARRAYS}
+        return replace(self, **arrays)
 
     def passing_before(self, block: IntArray) -> IntArray:
         """Count the passing blocks before ``block``."""
@@ -138,12 +164,51 @@ class Lanes:
         opener = self._nth(self.passing, self.turn, number)
         return np.where(self._stays(block), block, opener)
 
-    def hidden(self, block: IntArray) -> IntArray:
-        """Count the blocks that a query in ``block`` no longer sees."""
+    def passed(self, block: IntArray) -> IntArray:
+        """Count the blocks that a query in ``block`` no longer sees, as they were."""
         return self.passing_before(self._window_start(block))
 
-    def visible(self, block: IntArray, width: int) -> IntArray:
+    def hidden(self, block: IntArray) -> IntArray:
+        """The same, less the pages into which some of their tokens are packed."""
+        passed = self.passed(block)
+        return passed - self.history(block) if self.page_size else passed
+
+    def history(self, block: IntArray) -> IntArray:
+        """Count the history pages that a query in ``block`` sees."""
+        pages: IntArray = -(-self._kept(block) // max(self.page_size, 1))
+        return pages
+
+    def gap(self, block: IntArray) -> IntArray:
+        """First hidden key, and the first behind, in a row of a query in ``block``.
+
+        Returns:
+            ``[*S, n, 2]``, in tokens.
+        """
+        first, pages = self.sinks[..., None] * self.page_size, self.history(block)
+        ends = first + self._kept(block), first + pages * self.page_size
+        return np.stack(np.broadcast_arrays(*ends), axis=-1)
+
+    def _kept(self, block: IntArray) -> IntArray:
+        """Count the tokens that are left of groups in front of a query's window."""
+        if not self.page_size:
+            return np.zeros_like(self.group)[..., None]
+        groups = self.groups(block)
+        kept: IntArray = groups * self.keep[..., None]
+        return kept
+
+    def groups(self, block: IntArray) -> IntArray:
+        """Count the groups that lie wholly in front of a query's window."""
+        sinks, window = self.sinks[..., None], self.window[..., None]
+        beyond = np.maximum(block + 1 - window - sinks, 0)
+        group = self.group[..., None]
+        groups: IntArray = np.where(group > 0, beyond // np.maximum(group, 1), 0)
+        return groups
+
+    def visible(self, block: IntArray, width: int, history: int = 0) -> IntArray:
         """List the blocks that a query in ``block`` sees, ascending, its own last.
+
+        Args:
+            history: what the first history page counts as, behind all blocks.
 
         Returns:
             ``[*S, n, width]``, cut to or padded with -1 to ``width``.
@@ -154,8 +219,12 @@ class Lanes:
         sinks = self.sinks[..., None]
         stays = self._nth(self.staying, self.stride - self.turn, place - sinks)
         stayed = np.where(place < sinks, place, stays)[..., None, :]
-        listed = np.where(place < older, stayed, start[..., None] + place - older)
-        return np.where(listed <= block[..., None], listed, -1)
+        packed = self.history(block)[..., None]
+        raw = start[..., None] + place - older - packed
+        raw = np.where(raw <= block[..., None], raw, -1)
+        thinned = np.where(place < older + packed, history + place - older, raw)
+        first = np.where(stayed <= block[..., None], stayed, -1)
+        return np.where(place < older, first, thinned)
 
     def sees(self, block: IntArray, query: int) -> BoolArray:
         """Tell whether a query in block ``query`` or a later one sees ``block``.
@@ -171,6 +240,10 @@ class Lanes:
         if self.aligned.any():
             aligned = block - block % np.maximum(window, 1)
             start = np.where(self.aligned[..., None], aligned, start)
+        if self.page_size:
+            group, sinks = self.group[..., None], self.sinks[..., None]
+            thinned = sinks + self.groups(block) * group
+            start = np.where(group > 0, thinned, start)
         return start
 
     def _stays(self, block: IntArray) -> BoolArray:
@@ -190,6 +263,9 @@ class Lanes:
         place = np.take_along_axis(places, rest, axis=-1)
         block: IntArray = self.sinks[..., None] + turns * self.stride + place
         return block
+
+
+_ARRAYS = tuple(one.name for one in fields(Lanes) if one.name != "page_size")
 
 
 def _most_in_window(before: IntArray, window: IntArray) -> IntArray:

@@ -23,9 +23,9 @@ A request's page list grows block by block: when block ``b`` is opened, each lan
 has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
 slot never changes while the request lives.
 
-Where requests share pages, none is written over: every block opens a page in every
-lane, and pages that no later query sees are given back to the pool between steps. See
-``kvserve.plan.prefix``.
+Where requests share pages, and where lanes are thinned, no page is written over: every
+block opens a page in every lane, and pages that no later query sees are given back to
+the pool between steps. See ``kvserve.plan.prefix`` and ``kvserve.plan.history``.
 
 Under tensor parallelism every rank owns some heads of each layer and a pool of its own,
 but all ranks get the same page list. Each numbers its own lanes and uses the list from
@@ -41,9 +41,12 @@ from functools import cached_property
 import numpy as np
 
 from kvserve.errors import UserError
-from kvserve.plan.blocks import blocks_of, lanes_of
+from kvserve.plan.blocks import NOT_THINNED, blocks_of, group_of, lanes_of
+from kvserve.plan.history import History
 from kvserve.plan.lanes import BoolArray, IntArray, Lanes
 from kvserve.plan.layout import LayerHeads
+from kvserve.plan.page_list import PageList
+from kvserve.plan.peaks import most_pages
 from policies.base import HeadBudget, Local
 
 _NOTHING: IntArray = np.zeros(0, dtype=np.int64)
@@ -61,6 +64,8 @@ class PagePlan:
     ``reread`` are layers whose lanes later layers read: what waits in scratch waits
     longer there. ``layout`` says how the heads of each layer make its lanes, or is
     empty if all have lanes of their own; a layer may have fewer lanes than others.
+    Of every ``group`` blocks, thinned lanes keep ``keep`` tokens, ``[num_layers]
+    [num_kv_heads]``, -1 in lanes that are not; both are empty where none is.
     Plans are hashable and travel from the worker to the scheduler inside the KV cache
     spec.
     """
@@ -75,6 +80,8 @@ class PagePlan:
     local: tuple[Local | None, ...] = ()
     reread: tuple[int, ...] = ()
     layout: tuple[LayerHeads, ...] = ()
+    group: int = 0
+    keep: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def from_budgets(
@@ -101,9 +108,9 @@ class PagePlan:
         num_kv_heads = num_kv_heads or len(budgets[0])
         copies = max(1, ranks // num_kv_heads)
         lanes = lanes_of(budgets, page_size, max_tokens, copies, local, num_kv_heads)
-        sinks, windows, shards = (
+        sinks, windows, shards, keep = (
             tuple(tuple(lane[part] for lane in layer) for layer in lanes)
-            for part in range(3)
+            for part in range(4)
         )
         strides = {1}
         if any(map(any, shards)):
@@ -115,7 +122,12 @@ class PagePlan:
             raise UserError(f"--policy: heads of different strides {sorted(strides)}")
         (stride,) = strides
         of_pages = page_size, sinks, windows, stride, shards
-        return cls(*of_pages, ranks, shared, local, layout=layout)
+        group = group_of(budgets, page_size)
+        if not any(kept != NOT_THINNED for layer in keep for kept in layer):
+            group, keep = 0, ()
+        return cls(
+            *of_pages, ranks, shared, local, layout=layout, group=group, keep=keep
+        )
 
     @property
     def num_layers(self) -> int:
@@ -149,6 +161,8 @@ class PagePlan:
                 is_shared=self.is_shared,
                 local=self.local,
                 reread=self.reread,
+                group=self.group,
+                keep=_columns(self.keep, first, width),
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -156,6 +170,11 @@ class PagePlan:
     @property
     def has_bounded_lanes(self) -> bool:
         return any(map(any, self.windows))
+
+    @property
+    def recycles(self) -> bool:
+        """Whether blocks are written over those that have left, and none given back."""
+        return not self.is_shared and not self.group
 
     @cached_property
     def lanes(self) -> Lanes:
@@ -174,9 +193,23 @@ class PagePlan:
         aligned = np.zeros(windows.shape, dtype=bool)
         for layer, local in enumerate(self.local):
             aligned[layer] = local is not None and local.is_chunk
-        return Lanes.make(
-            sinks, windows, stays, not self.is_shared, aligned, self.present
-        )
+        lanes = Lanes.make(sinks, windows, stays, self.recycles, aligned, self.present)
+        if not self.group:
+            return lanes
+        keep = np.array(self.keep, dtype=np.int64)
+        group = np.where(keep == NOT_THINNED, 0, self.group)
+        return lanes.thinned(group, np.maximum(keep, 0), self.page_size)
+
+    @cached_property
+    def history(self) -> History:
+        """The history pages of thinned lanes; of a rank's own, if there are several."""
+        keep = np.array(self.keep or self.sinks, dtype=np.int64).ravel()
+        of_group, size = keep != NOT_THINNED, self.page_size
+        if not self.group:
+            return History(np.zeros_like(keep), 0, 0, 0, size)
+        sinks = int(np.array(self.sinks).ravel()[of_group].max())
+        window = int(np.array(self.windows).ravel()[of_group].max())
+        return History(np.maximum(keep, 0), sinks, window, self.group, size)
 
     @cached_property
     def present(self) -> BoolArray:
@@ -195,48 +228,22 @@ class PagePlan:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
 
     @cached_property
-    def _warm_up(self) -> int:
-        """Blocks after which the lanes open slots in turns of ``stride`` blocks."""
-        lanes = self.lanes
-        bounded = lanes.window > 0
-        turn = self.stride if self.stride > 1 else 0
-        filled = lanes.sinks + lanes.window + turn
-        return int(filled[bounded].max(initial=0))
-
-    @cached_property
-    def _opened(self) -> BoolArray:
-        """Which lanes open a slot with each block, ``[num_lanes, blocks]``.
-
-        One turn behind the warm-up; all later turns repeat it.
-        """
-        blocks = np.arange(self._warm_up + self.stride)
-        opens = np.broadcast_to(
-            self.lanes.opens(blocks),
-            (self.num_layers, self.num_kv_heads, len(blocks)),
-        )
-        return opens.reshape(self.num_lanes, -1)
-
-    @cached_property
-    def _held(self) -> list[int]:
-        """Pages listed when the first ``b`` blocks are open, till the turn's end."""
-        held: list[int] = [0, *self._opened.sum(axis=0).cumsum().tolist()]
-        return held
-
-    @property
-    def _pages_per_turn(self) -> int:
-        return self._held[-1] - self._held[self._warm_up]
+    def page_list(self) -> PageList:
+        """Where the page list of a rank has what."""
+        assert self.ranks == 1, "each rank numbers its own lanes: use by_rank"
+        return PageList(self.lanes, self.history)
 
     def pages(self, tokens: int, in_flight: int = 1) -> int:
         """Pages that a request of ``tokens`` tokens holds, over all layers and heads.
 
-        On the rank that holds most. Unless pages are shared, the number never shrinks
-        as tokens are added, and all of the page list is held.
+        On the rank that holds most. Where blocks recycle pages, the number never
+        shrinks as tokens are added, and all of the page list is held.
 
         Args:
             in_flight: tokens that the last steps added. Until these are done, a
-                request with shared pages holds what the first of them sees.
+                request that gives pages back holds what the first of them sees.
         """
-        if not self.is_shared:
+        if self.recycles:
             return self.entries(tokens)
         last = blocks_of(tokens, self.page_size) - 1
         # Of chunks that end in the last block, the one that starts first.
@@ -256,31 +263,39 @@ class PagePlan:
         """As :meth:`pages`: what a request needs on its way.
 
         It is no more than at the end, but for chunks, which are given back at once when
-        the step that fills them is done.
+        the step that fills them is done, and for groups when they are thinned.
         """
-        ends = {tokens}
-        for chunk in {one.tokens for one in self.local if one and one.is_chunk}:
-            first = max((tokens - in_flight) // chunk, 1) * chunk
-            whole = range(first, tokens + 1, chunk)
-            ends |= {min(end - 1 + in_flight, tokens) for end in whole}
-        return max(self.pages(end, in_flight) for end in ends)
+        return most_pages(self, tokens, in_flight)
 
     def given_back(self, before: int, now: int) -> IntArray:
         """List entries that queries saw when ``before`` tokens were computed, no more.
 
-        Where pages are not shared, blocks recycle theirs and none is given back.
+        Where blocks recycle pages, none is given back.
 
         Returns:
             Indices, the last first: the first that a pool should give out again.
         """
         before, now = before // self.page_size, now // self.page_size
-        first = max(before + 1 - self.longest_window, 0)
-        if not self.is_shared or now == before or first >= now:
+        first = max(before + 1 - self.longest_window - self.history.reach, 0)
+        if self.recycles or now == before or first >= now:
             return _NOTHING
         blocks = np.arange(first, now)
         left = self.needed(blocks, before) & ~self.needed(blocks, now)
         entries: IntArray = np.flatnonzero(left)[::-1] + first * left.shape[1]
-        return entries
+        if not self.group:
+            return entries
+        width, history = left.shape[1], self.history
+        entries += history.entries(history.events_of_each(entries // width))
+        events = range(max(history.events(before), 1), history.events(now))
+        packed = [
+            self.page_list.first_of(one) + history.half_empty(one) for one in events
+        ]
+        return np.sort(np.concatenate([entries, *packed]))[::-1]
+
+    def history_pages(self, tokens: int) -> int:
+        """The most pages that one lane's history has once ``tokens`` are computed."""
+        events = self.history.events(tokens // self.page_size)
+        return int(self.history.held(events).max())
 
     @cached_property
     def longest_window(self) -> int:
@@ -309,7 +324,12 @@ class PagePlan:
         if self.ranks == 1:
             lanes, query = self.lanes, np.array([block])
             shape = self.num_layers, self.num_kv_heads, 1
-            return int(np.broadcast_to(lanes.hidden(query), shape).sum())
+            passed = int(np.broadcast_to(lanes.passed(query), shape).sum())
+            if not self.group:
+                return passed
+            events = self.history.events(block)
+            seen = int(self.history.held(events).sum())
+            return passed + self.history.total(events) - seen
         return int((~self.needed(np.arange(block), block)).sum())
 
     def needed(self, blocks: IntArray, query: int) -> BoolArray:
@@ -333,10 +353,8 @@ class PagePlan:
         """
         if self.ranks > 1:
             return max(plan.entries(tokens) for plan in self.by_rank)
-        blocks = blocks_of(tokens, self.page_size)
-        turns = max(0, blocks - self._warm_up) // self.stride
-        held = self._held[blocks - turns * self.stride]
-        return held + turns * self._pages_per_turn
+        size = self.page_size
+        return self.page_list.length(blocks_of(tokens, size), tokens // size)
 
     def imbalance(self, tokens: int) -> float:
         """Pages of the largest rank over the mean of all ranks: 1 is even."""
@@ -354,6 +372,9 @@ class PagePlan:
             self.lanes.hidden(last)[..., 0], (self.num_layers, self.num_kv_heads)
         )
         seen: IntArray = (tokens - hidden * self.page_size) * self.present
+        if self.group:
+            first, behind = self.lanes.gap(last)[..., 0, :].T
+            seen -= (behind - first).T
         return seen
 
     @property
@@ -377,29 +398,6 @@ class PagePlan:
             reread=self.reread,
             layout=self.layout,
         )
-
-    @cached_property
-    def _entry(self) -> IntArray:
-        """List index of what each lane opens, as :attr:`_opened`, else undefined."""
-        counts = self._opened.T.ravel().cumsum()
-        entry: IntArray = counts.reshape(-1, self.num_lanes).T - 1
-        return entry
-
-    def list_index(self, slot: IntArray) -> IntArray:
-        """Index into the request's page list of each lane's ``slot``, on a rank.
-
-        Args:
-            slot: slots that the lanes have opened, ``[num_layers, num_kv_heads, n]``.
-
-        Returns:
-            Indices of the same shape.
-        """
-        assert self.ranks == 1, "each rank numbers its own lanes: use by_rank"
-        turns = np.maximum(slot - self._warm_up, 0) // self.stride
-        first = (slot - turns * self.stride).reshape(self.num_lanes, -1)
-        entry = np.take_along_axis(self._entry, first, axis=1).reshape(slot.shape)
-        index: IntArray = entry + turns * self._pages_per_turn
-        return index
 
 
 def _columns(

@@ -8,7 +8,7 @@ from policies.base import ModelShape, Policy
 
 
 def check_unequal(
-    policy: Policy, model: ModelShape, ranks: int, in_flight: int, mixed: bool
+    policy: Policy, model: ModelShape, ranks: int, shared: bool, mixed: bool
 ) -> None:
     """Refuse what is not worked out for layers with heads of unequal number or size.
 
@@ -29,16 +29,16 @@ def check_unequal(
         )
     refused = {
         f"--tensor-parallel-size={ranks}": ranks > 1,
-        "--enable-prefix-caching": in_flight > 0,
+        "--enable-prefix-caching": shared,
         "--allow-request-policies": mixed,
     }
     for flag, given in refused.items():
         if given:
             raise UserError(f"{flag}: {has}, which cannot have it yet; leave it out")
-    if policy.capabilities.prefill == "dense":
+    if not policy.capabilities.position_only:
         raise UserError(
-            f"--policy {policy.name}: {has}, which policies that select cannot keep "
-            "yet; choose a policy of positions, such as sink-recent"
+            f"--policy {policy.name}: {has}, which policies that judge tokens cannot "
+            "keep yet; choose a policy of positions, such as sink-recent"
         )
 
 

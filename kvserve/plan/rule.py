@@ -21,6 +21,7 @@ from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.refusals import check_ranks, check_unequal, no_mixing
 from kvserve.plan.streaming import StreamRule, scratch_pages
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
+from policies.thinning import ThinningPolicy
 
 
 class RequestPlan(Protocol):
@@ -105,7 +106,7 @@ class Rule(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Tokens that are scheduled and not yet computed, where pages are shared."""
+        """The most tokens that are scheduled and not yet computed."""
 
     @property
     def is_elastic(self) -> bool:
@@ -241,12 +242,18 @@ class MixedRule:
         """
         if policy.capabilities.prefill == "dense":
             self._check_selecting(policy)
+        if isinstance(policy, ThinningPolicy):
+            raise UserError(
+                f"{policy.name}: packs what it keeps, which cannot lie beside what "
+                "other policies keep yet; start a server with it, or name another"
+            )
         shape = self.model, self.page_size, self.max_tokens
         stride = self.largest.stride
         if isinstance(policy, DensePolicy):
             return DenseRule(policy, *shape, stride=stride)
         assert isinstance(policy, StreamingPolicy)
-        return StreamRule(policy, *shape, self.ranks, stride, self.in_flight)
+        steps = self.in_flight, self.is_shared
+        return StreamRule(policy, *shape, self.ranks, stride, *steps)
 
     def _check_selecting(self, policy: Policy) -> None:
         """Refuse a policy that selects by content where it cannot."""
@@ -304,7 +311,8 @@ def rule_under(
     max_tokens: int,
     *,
     ranks: int = 1,
-    in_flight: int = 0,
+    in_flight: int = 1,
+    shared: bool = False,
     mixed: bool = False,
     step_tokens: int = 0,
 ) -> Rule:
@@ -312,7 +320,8 @@ def rule_under(
 
     Args:
         model: the whole model, whatever ranks share it.
-        in_flight: tokens under way at a time, where requests share pages; else 0.
+        in_flight: the most tokens under way at a time.
+        shared: whether requests share pages, under policies that can.
         mixed: whether a request may name another policy.
         step_tokens: tokens of one prompt that any step can read at once.
 
@@ -322,7 +331,12 @@ def rule_under(
     if ranks > 1:
         check_ranks(policy, model, ranks)
     if model.layer_heads:
-        check_unequal(policy, model, ranks, in_flight, mixed)
+        check_unequal(policy, model, ranks, shared, mixed)
+    if mixed and isinstance(policy, ThinningPolicy):
+        raise UserError(
+            f"--allow-request-policies: policy {policy.name} packs what it keeps, "
+            "beside which requests of other policies cannot lie yet; leave it out"
+        )
     rule: StreamRule | DenseRule
     if isinstance(policy, DensePolicy):
         if mixed and ranks > 1:
@@ -341,7 +355,8 @@ def rule_under(
             page_size,
             max_tokens,
             ranks,
-            in_flight=in_flight if policy.capabilities.prefix_cacheable else 0,
+            in_flight=in_flight,
+            is_shared=shared and policy.capabilities.prefix_cacheable,
         )
     else:
         raise UserError(

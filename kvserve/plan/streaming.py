@@ -26,8 +26,9 @@ class StreamRule:
     Travels inside the KV cache spec. Only under an *elastic* policy do requests of
     unequal length have unequal plans. ``model`` is the whole model, of whose heads
     each of ``ranks`` ranks owns some. Blocks are counted in turns of ``stride``, if the
-    tables of a server have it so. Where requests share pages, ``in_flight`` is the most
-    tokens that are scheduled and not yet computed; else it is 0.
+    tables of a server have it so. ``in_flight`` is the most tokens that are scheduled
+    and not yet computed: until they are, requests that give pages back hold more.
+    ``is_shared`` says whether requests share the pages of a common prefix.
     """
 
     policy: StreamingPolicy
@@ -36,7 +37,8 @@ class StreamRule:
     max_tokens: int
     ranks: int = 1
     stride: int | None = None
-    in_flight: int = 0
+    in_flight: int = 1
+    is_shared: bool = False
     mixed: ClassVar = False
     may_select: ClassVar = False
     weighs: ClassVar = False
@@ -46,11 +48,6 @@ class StreamRule:
     def copies(self) -> int:
         """Ranks that have the lanes of a plan: it names the heads of all of them."""
         return 1
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether requests share the pages of a common prefix."""
-        return self.in_flight > 0
 
     @property
     def is_elastic(self) -> bool:
@@ -90,7 +87,7 @@ class StreamRule:
 
     def most_pages(self, tokens: int) -> int:
         """Pages that a request needs on its way to ``tokens`` tokens."""
-        return self.plan(tokens).most_pages(tokens, max(self.in_flight, 1))
+        return self.plan(tokens).most_pages(tokens, self.in_flight)
 
     def most_entries(self, tokens: int) -> int:
         """The longest page list of any request of ``tokens`` tokens."""
@@ -187,7 +184,7 @@ def scratch_pages(
         bounded: whether requests have bounded lanes, where they have other plans.
     """
     bounded = plan.has_bounded_lanes if bounded is None else bounded
-    if not bounded or plan.is_shared:
+    if not bounded or not plan.recycles:
         return 0
     chunks = min(max_requests, max_tokens // 2)
     blocks = max_tokens // plan.page_size + chunks

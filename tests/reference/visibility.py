@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from kvserve.plan.blocks import NOT_THINNED
 from kvserve.plan.page_plan import PagePlan
 from policies.base import Local
 
@@ -16,9 +17,33 @@ def stays(plan: PagePlan, layer: int, head: int, block: int) -> bool:
     return bool(shards >> ((block - sinks) % plan.stride) & 1)
 
 
+def kept_of_group(plan: PagePlan, layer: int, head: int) -> int | None:
+    """Tokens that a lane keeps of a group; ``None`` if it is not thinned."""
+    keep = plan.keep[layer][head] if plan.keep else NOT_THINNED
+    return None if keep == NOT_THINNED else keep
+
+
+def groups_in_front(plan: PagePlan, layer: int, head: int, block: int) -> int:
+    """Groups of a thinned lane that a query in ``block`` has left behind."""
+    first = block + 1 - plan.windows[layer][head]
+    begins = [*range(plan.sinks[layer][head], first, plan.group)]
+    return sum(begin + plan.group <= first for begin in begins)
+
+
+def tokens_of_group(plan: PagePlan, layer: int, head: int, group: int) -> range:
+    """Positions of a group of a thinned lane."""
+    size = plan.group * plan.page_size
+    first = plan.sinks[layer][head] * plan.page_size + group * size
+    return range(first, first + size)
+
+
 def visible_blocks(plan: PagePlan, layer: int, head: int, block: int) -> list[int]:
-    """Blocks that a query in ``block`` sees in a lane, ascending."""
+    """Blocks that a query in ``block`` sees in a lane as they were, ascending."""
     window = plan.windows[layer][head]
+    if kept_of_group(plan, layer, head) is not None:
+        gone = groups_in_front(plan, layer, head, block) * plan.group
+        sinks = plan.sinks[layer][head]
+        return [b for b in range(block + 1) if not sinks <= b < sinks + gone]
     local = plan.local[layer] if plan.local else None
     if local is not None and local.is_chunk and window:
         return [

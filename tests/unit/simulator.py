@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from kvserve.engine.batch.page_tables import PageArray
-from kvserve.plan.lanes import IntArray
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.plan.blocks import NOT_THINNED
+from kvserve.plan.lanes import IntArray, PageArray
 from kvserve.plan.layout import LayerHeads
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.streaming import scratch_pages
@@ -84,6 +86,48 @@ def plans_of(
     kinds = st.lists(st.none() | window | chunk, min_size=layers, max_size=layers)
     local = tuple(draw(st.just([]) | kinds))
     return make_plan(page_size, lanes, stride, local)
+
+
+@st.composite
+def thinned_plans(draw: st.DrawFn, max_layers: int = 3) -> PagePlan:
+    """Draw a plan with lanes that are thinned, among others."""
+    layers, heads = draw(st.integers(1, max_layers)), draw(st.integers(1, 3))
+    plan = draw(plans_of(layers, heads, draw(st.integers(1, 4))))
+    group, sinks, window = (draw(st.integers(1, 3)) for _ in range(3))
+    keeps = st.integers(NOT_THINNED, group * plan.page_size - 1)
+    keep = draw(
+        st.lists(
+            st.lists(keeps, min_size=heads, max_size=heads),
+            min_size=layers,
+            max_size=layers,
+        )
+    )
+    keep = [
+        [NOT_THINNED] * heads if local else row
+        for row, local in zip(keep, plan.local_by_layer, strict=True)
+    ]
+    assume(any(kept != NOT_THINNED for row in keep for kept in row))
+
+    def where_thinned(blocks: int, others: tuple[tuple[int, ...], ...]) -> Blocks:
+        return tuple(
+            tuple(
+                other if kept == NOT_THINNED else blocks
+                for kept, other in zip(*row, strict=True)
+            )
+            for row in zip(keep, others, strict=True)
+        )
+
+    return replace(
+        plan,
+        sinks=where_thinned(sinks, plan.sinks),
+        windows=where_thinned(window, plan.windows),
+        shards=where_thinned(0, plan.shards) if plan.shards else (),
+        group=group,
+        keep=tuple(map(tuple, keep)),
+    )
+
+
+Blocks = tuple[tuple[int, ...], ...]
 
 
 @st.composite
@@ -203,6 +247,12 @@ class Batch:
         ]
 
 
+def refresh(tables: PageTables, batch: Batch) -> None:
+    """Bring tables up to date with a batch."""
+    computed = batch.seq_lens - np.diff(batch.query_start)
+    tables.refresh(batch.names, batch.page_lists, batch.seq_lens, computed)
+
+
 def page_lists_of(
     requests: list[Request], max_requests: int, max_tokens: int
 ) -> PageArray:
@@ -233,7 +283,9 @@ class Scheduler:
         self.token_budget = token_budget
         self.num_scratch = scratch_of(self.rule, token_budget, max_requests)
         # Two of the longest requests fit: a third one is sometimes preempted.
-        longest = max(plan.pages(max_tokens) for plan in self.rule.plans)
+        longest = max(
+            plan.most_pages(max_tokens, token_budget) for plan in self.rule.plans
+        )
         self.num_pages = 1 + self.num_scratch + 2 * longest
         self._free = list(range(1 + self.num_scratch, self.num_pages))
         rng.shuffle(self._free)
@@ -262,6 +314,7 @@ class Scheduler:
         """Count the step's tokens, sample a token where due, drop who is done."""
         for request, length in zip(batch.requests, batch.lengths, strict=True):
             request.computed += length
+            self._give_back(request, request.computed - length)
             if request.computed < request.known:
                 continue
             request.known += 1
@@ -309,7 +362,7 @@ class Scheduler:
 
     def _allocate(self, request: Request, length: int, lengths: dict[str, int]) -> bool:
         """Bring a request to the pages of its plan, at the cost of an unscheduled."""
-        missing = request.plan.pages(request.computed + length) - len(request.pages)
+        missing = request.plan.entries(request.computed + length) - len(request.pages)
         while missing > len(self._free):
             victims = [
                 r
@@ -336,9 +389,14 @@ class Scheduler:
         self._preempted.append(request)
 
     def _release(self, request: Request) -> None:
-        self._free += request.pages
+        self._free += [page for page in request.pages if page]
         self.rng.shuffle(self._free)
         request.pages = []
+
+    def _give_back(self, request: Request, before: int) -> None:
+        for entry in request.plan.given_back(before, request.computed).tolist():
+            self._free.append(request.pages[entry])
+            request.pages[entry] = 0
 
     def _order_rows(self, lengths: dict[str, int]) -> None:
         """Keep rows where they are, fill gaps, then put one-token extensions first."""

@@ -54,7 +54,7 @@ def occupied_indices(plan: PagePlan, blocks: int) -> list[int]:
     """List index of every slot that some block of the first ``blocks`` lives in."""
     shape = plan.num_layers, plan.num_kv_heads, blocks
     slots = np.broadcast_to(plan.lanes.slot_of(np.arange(blocks)), shape)
-    index = plan.list_index(slots)
+    index = plan.page_list.index(slots)
     pairs = {
         (lane, int(slot)): int(i)
         for lane in lanes_of(plan)

@@ -60,7 +60,7 @@ def test_every_block_opens_a_page_in_every_lane(plan: PagePlan, tokens: int) -> 
         assert (rank.lanes.slot_of(block) == block).all()
         places = np.arange(rank.num_lanes).reshape(*shape[:2], 1)
         expected = block * rank.num_lanes + places
-        assert (rank.list_index(block) == expected).all()
+        assert (rank.page_list.index(block) == expected).all()
 
 
 @given(shared_plans())
@@ -93,7 +93,7 @@ def test_a_boundary_needs_what_its_next_query_sees(
     plan: PagePlan, boundary: int
 ) -> None:
     needs, width = PrefixPages(plan), width_of(plan)
-    assert needs.width == width
+    assert [needs.width(block) for block in range(4)] == [width] * 4
     found = {
         block * width + place
         for block in range(boundary)
@@ -125,7 +125,7 @@ def test_pages_are_given_back_once_and_when_nobody_sees_them(
         assert not gone & set(left)
         gone |= set(left)
         assert not len(plan.given_back(now * size, now * size + size - 1))
-        listed = set(range(now * needs.width))
+        listed = set(range(needs.first_entry(now)))
         assert listed - gone == listed & seen_entries(plan, now)
         before = now
 

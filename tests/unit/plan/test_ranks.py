@@ -22,6 +22,7 @@ from tests.unit.simulator import (
     make_plan,
     plans,
     ranked_plans,
+    refresh,
     seeds,
 )
 
@@ -78,7 +79,7 @@ def test_every_rank_finds_its_pages_in_the_one_list(plan: PagePlan) -> None:
         length = plan.pages(blocks * plan.page_size)
         for own in plan.by_rank:
             index = {
-                slot: own.list_index(
+                slot: own.page_list.index(
                     np.full((own.num_layers, own.num_kv_heads, 1), slot)
                 )
                 for slot in range(blocks)
@@ -108,7 +109,7 @@ def test_tables_of_a_rank_list_one_page_a_slot_out_of_what_requests_hold(
             for request in batch.requests:
                 table.expect(request.name, request.prompt, 0)
             table.forget(batch.restarted)
-            table.refresh(batch.names, batch.page_lists, batch.seq_lens)
+            refresh(table, batch)
             for row, request in enumerate(batch.requests):
                 blocks = blocks_of(int(batch.seq_lens[row]), plan.page_size)
                 listed = [
