@@ -36,9 +36,13 @@ class Pool:
     """A pool, and requests of ``TOKENS`` tokens that fill it."""
 
     def __init__(self, pages: int, is_shared: bool) -> None:
-        in_flight = CHUNK if is_shared else 0
         rule = StreamRule(
-            EveryFifth(), MODELS["135M"], PAGE, TOKENS, in_flight=in_flight
+            EveryFifth(),
+            MODELS["135M"],
+            PAGE,
+            TOKENS,
+            in_flight=CHUNK,
+            is_shared=is_shared,
         )
         spec = (SharedPagedSpec if rule.is_shared else HeadPagedSpec)(
             block_size=PAGE,

@@ -126,7 +126,8 @@ class Host:
             self._filled[row] = end
 
     def _refresh(self) -> None:
-        self._tables.refresh(self._names, self._lists, self._lens)
+        computed = self._lens - 1
+        self._tables.refresh(self._names, self._lists, self._lens, computed)
 
 
 def measure(model: str, context: int, requests: int) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class HeadPagedSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         length = vllm_config.model_config.max_model_len
-        in_flight = max(self.rule.in_flight, 1)
+        in_flight = self.rule.in_flight
         largest = self.plan.most_pages(length, in_flight)
         pages = max(self.rule.most_pages(length), largest)
         return (pages + self.num_scratch_pages) * self.page_size_bytes

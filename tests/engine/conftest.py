@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from policies.base import FULL, HeadBudget, ModelShape, StreamingPolicy
+from policies.history import HISTORY_FORMAT
 from policies.registry import create_policy
 from tests.engine.harness import PAGE, EngineSlot, write_profile
 from tests.reference.models import (
@@ -29,6 +31,7 @@ from tests.reference.models import (
     WINDOW,
     TinyLlama,
 )
+from tests.reference.thinning import JUDGES
 
 SCORING = (SINKS, CAP, ALIBI, CHUNK, MIXED)
 """Their scores are not only products, or their layers see chunks."""
@@ -36,7 +39,7 @@ SCORING = (SINKS, CAP, ALIBI, CHUNK, MIXED)
 
 @dataclass(frozen=True)
 class Model:
-    """A model to serve, a retrieval profile and MoA plans for it.
+    """A model to serve; a retrieval profile, MoA plans and a history profile for it.
 
     Spans of ``plan`` are an eighth to a half, those of ``wide_plan`` are everything.
     """
@@ -47,11 +50,14 @@ class Model:
     profile: Path
     plan: Path
     wide_plan: Path
+    history: Path
 
     def policy_args(self, policy: str, **values: Any) -> dict[str, Any]:
         """Arguments of ``policy``, with the profile if it reads one."""
         if policy == "retrieval":
             return {"profile": str(self.profile), **values}
+        if policy in JUDGES:
+            return {"profile": str(self.history), **values}
         if policy == "moa":
             plan = self.wide_plan if values.pop("wide", False) else self.plan
             return {"plan": str(plan), **values}
@@ -65,6 +71,7 @@ class Model:
         """What heads keep of a request that may become ``tokens`` tokens long."""
         found = create_policy(policy, policy_args)
         assert isinstance(found, StreamingPolicy)
+        tokens = tokens if found.capabilities.elastic else 1 << 20
         shape, budgets = self.shape, iter(found.budgets(self.shape.open, tokens))
         nothing_to_say = (FULL,) * shape.num_kv_heads
         return tuple(
@@ -112,7 +119,9 @@ def tiny_model(tiny: TinyLlama, directory: Path) -> Model:
     )
     path = tiny.write(directory)
     profile = _profile(directory, shape)
-    return Model(path, shape, tiny.vocab_size, profile, *_plans(directory, shape))
+    history = _history(directory, shape)
+    plans = _plans(directory, shape)
+    return Model(path, shape, tiny.vocab_size, profile, *plans, history)
 
 
 def _embedded(directory: Path) -> Model:
@@ -121,7 +130,19 @@ def _embedded(directory: Path) -> Model:
     path = embedded_model()
     shape = ModelShape(path.name, 30, 9, 3, 64)
     shipped = files("policies") / "profiles" / path.name / "retrieval.json"
-    return Model(path, shape, 49152, Path(str(shipped)), *_plans(directory, shape))
+    plans, history = _plans(directory, shape), _history(directory, shape)
+    return Model(path, shape, 49152, Path(str(shipped)), *plans, history)
+
+
+def _history(directory: Path, shape: ModelShape) -> Path:
+    """Write shares of history that differ in every head, some of which need none."""
+    rng = random.Random(shape.name)
+    layers, heads = range(shape.num_layers), range(shape.num_kv_heads)
+    needs = [[max(rng.uniform(-0.2, 1), 0) for _ in heads] for _ in layers]
+    shares = [[[level * one for one in row] for row in needs] for level in (0.3, 0.6)]
+    path = directory / f"{shape.name}-history.json"
+    path.write_text(json.dumps({"format": HISTORY_FORMAT, "shares": shares}))
+    return path
 
 
 def _plans(directory: Path, shape: ModelShape) -> tuple[Path, Path]:

@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self) -> None:
         self.rule = MixedRule(
-            StreamRule(Full(), MODEL, PAGE, MAX_TOKENS, in_flight=512)
+            StreamRule(Full(), MODEL, PAGE, MAX_TOKENS, in_flight=512, is_shared=True)
         )
         self.guard = PolicyGuard(self.rule, MAX_TOKENS, POOL)
         self.pages, self.manager = cache_of(self.rule, POOL, scratch=0)

@@ -26,6 +26,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "retrieval": {"sinks": 32, "recent": 96, "full_ratio": 0.34},
     "moa": {},
     "sharded": {"local_blocks": 2, "stride": 4, "step": 1},
+    "keydiff": {"budget": 0.5, "recent": 64, "group": 64, "length": 500},
 }
 
 

@@ -17,6 +17,7 @@ from policies.base import FULL
 from tests.engine.conftest import SCORING, Model
 from tests.engine.harness import PAGE, EngineSlot, random_prompts
 from tests.reference.masked_model import Budgets, MaskedLlama
+from tests.reference.thinning import JUDGES
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +32,8 @@ POLICIES: list[tuple[str, dict[str, Any]]] = [
     ("sharded", {"local_blocks": 2, "stride": 4, "step": 1}),
     ("sharded", {"local_blocks": 3, "stride": 4, "pattern": "query"}),
     ("sharded", {"local_blocks": 1, "stride": 3, "dense_every": 2, "offset": 0}),
+    ("knorm", {"budget": 0.5, "recent": 64, "group": 32, "length": 500}),
+    ("keydiff", {"budget": 0.5, "recent": 32, "group": 96, "length": 500}),
 ]
 # The large model takes longest; small ones tell patterns and fixed lengths apart.
 LONG = [
@@ -176,7 +179,8 @@ def check_logits(
         tokens, first = prompt + reply.tokens[:-1], len(prompt) - 1
         found = torch.stack(reply.logits)
         budgets = model.budgets(policy, policy_args, len(prompt) + STEPS)
-        expected = oracle.logits(tokens, budgets, page_size, first)
+        judge = JUDGES.get(policy)
+        expected = oracle.logits(tokens, budgets, page_size, first, judge)
         assert relative_error(found, expected).max() < TOLERANCE
         assert expected.argmax(dim=1).tolist() == reply.tokens
 

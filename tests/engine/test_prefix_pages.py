@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import cast
 
+import numpy as np
 from hypothesis import given, settings
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
@@ -33,7 +34,9 @@ from tests.unit.simulator import (
     page_lists_of,
     plans,
     ranked_plans,
+    refresh,
     seeds,
+    thinned_plans,
 )
 from tests.unit.simulator import Request as Row
 
@@ -101,10 +104,14 @@ class Worker:
         for row in batch.requests:
             row.plan = self.plan
         self.tables.forget(batch.restarted)
-        self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        refresh(self.tables, batch)
         step = self.rows.build(batch.query_start, batch.seq_lens)
-        self.pool.run(batch, step)
-        return {slot // self.plan.page_size for slot in step.slots.ravel().tolist()}
+        self.pool.run(batch, step, self.tables.leaving)
+        slots = [
+            step.slots.ravel(),
+            *(t for one in self.tables.leaving for t in one.targets),
+        ]
+        return {slot // self.plan.page_size for slot in np.concatenate(slots).tolist()}
 
 
 class Server:
@@ -320,6 +327,14 @@ def check_load(plan: PagePlan, rng: Random, requests: int = 10) -> Server:
 @settings(max_examples=100, deadline=None)
 @given(plans(max_layers=2), seeds())
 def test_every_query_of_any_load_reads_its_own_text(
+    plan: PagePlan, rng: Random
+) -> None:
+    check_load(replace(plan, is_shared=True), rng)
+
+
+@settings(max_examples=100, deadline=None)
+@given(thinned_plans(max_layers=2), seeds())
+def test_packed_history_is_shared_like_everything_else(
     plan: PagePlan, rng: Random
 ) -> None:
     check_load(replace(plan, is_shared=True), rng)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
 from policies.base import HeadBudget, Local
+from tests.reference.thinning import Judge, is_thinned, kept_tokens, visible_thinned
 
 Budgets = Sequence[Sequence[HeadBudget]]
 
@@ -131,7 +132,12 @@ class MaskedLlama:
 
     @torch.no_grad()
     def logits(
-        self, tokens: Sequence[int], budgets: Budgets, page_size: int, first: int = 0
+        self,
+        tokens: Sequence[int],
+        budgets: Budgets,
+        page_size: int,
+        first: int = 0,
+        judge: Judge | None = None,
     ) -> Tensor:
         """Return the logits after each token from ``first`` on, ``[n - first, V]``.
 
@@ -139,6 +145,7 @@ class MaskedLlama:
             tokens: ``n`` token ids.
             budgets: what each head keeps, ``[num_layers][num_kv_heads]``.
             page_size: tokens of a block.
+            judge: scores what leaves the windows of heads that are thinned.
         """
         embeddings = self._weights["model.embed_tokens.weight"]
         hidden = embedding(torch.tensor(tokens), embeddings)
@@ -146,7 +153,7 @@ class MaskedLlama:
             name = f"model.layers.{layer}"
             normed = self._norm(hidden, f"{name}.input_layernorm")
             hidden = hidden + self._attention(
-                normed, f"{name}.self_attn", budgets[layer], page_size, layer
+                normed, f"{name}.self_attn", budgets[layer], page_size, layer, judge
             )
             normed = self._norm(hidden, f"{name}.post_attention_layernorm")
             hidden = hidden + self._mlp(normed, f"{name}.mlp")
@@ -160,6 +167,7 @@ class MaskedLlama:
         budgets: Sequence[HeadBudget],
         page_size: int,
         layer: int,
+        judge: Judge | None,
     ) -> Tensor:
         shape, tokens = self.shape, len(hidden)
         query = self._project(hidden, f"{name}.q_proj").view(
@@ -171,13 +179,19 @@ class MaskedLlama:
             )
             for which in ("k", "v")
         )
+        projected = key
         query, key = self._rotate(query), self._cached(self._rotate(key))
         value = self._cached(value)
         group = shape.num_query_heads // shape.num_kv_heads
         outputs = []
         for head in range(shape.num_query_heads):
             kv_head = head // group
-            mask = self._mask(layer, budgets[kv_head], tokens, page_size)
+            budget = budgets[kv_head]
+            mask = self._mask(layer, budget, tokens, page_size)
+            if judge is not None and is_thinned(budget):
+                known = judge, projected, value, page_size
+                kept = kept_tokens(layer, kv_head, budget, *known)
+                mask = visible_thinned(budget, kept, page_size)
             places = torch.arange(tokens)
             weights = self._weigh(
                 name, head, query[:, head], key[:, kv_head], places, places, mask

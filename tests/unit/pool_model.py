@@ -8,12 +8,20 @@ another request's, head's or layer's key, or a stale one, is caught by name.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from random import Random
 from typing import NamedTuple
 
+from kvserve.engine.batch.leaving import Leaving
 from kvserve.engine.batch.rows import RowShapes, StepRows
 from kvserve.plan.layout import LayerHeads
 from kvserve.plan.page_plan import PagePlan
-from tests.reference.visibility import visible_positions
+from tests.reference.visibility import (
+    groups_in_front,
+    kept_of_group,
+    tokens_of_group,
+    visible_positions,
+)
 from tests.unit.simulator import Batch, Request
 
 
@@ -41,10 +49,14 @@ class PoolModel:
         """What the request caches of a token."""
         return Label(request.name, request.life, layer, head, position)
 
-    def run(self, batch: Batch, step: StepRows) -> None:
-        """Write, read and settle, layer by layer as the model's forward does."""
+    def run(
+        self, batch: Batch, step: StepRows, leaving: Iterable[Leaving] = ()
+    ) -> None:
+        """Write, thin, read and settle, layer by layer as the model's forward does."""
         for layer in range(self._plan.num_layers):
             self._write(layer, batch, step)
+            for each in leaving:
+                self._thin(layer, each)
             self._check_reads(layer, batch, step)
             if layer not in self._plan.reread:
                 self._copy(layer, batch, step)
@@ -68,6 +80,32 @@ class PoolModel:
             label = self._label(request, layer, head, position)
             self._content[page, within, offset] = label
 
+    def _thin(self, layer: int, leaving: Leaving) -> None:
+        """Move what a policy might keep, as targets and sources say."""
+        size, heads = self._plan.page_size, self._plan.num_kv_heads
+        length = self._plan.group * size
+        most = int(leaving.keep[layer].max())
+        held: list[Label | None] = []
+        for page in leaving.packed[layer].tolist():
+            held += [self._content.get((page, 0, place)) for place in range(size)]
+        for head, group in itertools.product(range(heads), range(leaving.groups)):
+            first = leaving.first + group * length
+            keep = int(leaving.keep[layer, head])
+            kept = kept_positions(layer, head, range(first, first + length), keep)
+            pages = leaving.raw[layer, head].tolist()
+            for position in kept:
+                block, offset = divmod(position - leaving.first, size)
+                label = self._content[pages[block], 0, offset]
+                assert label.position == position
+                held.append(label)
+            held += [None] * (most - keep)
+        targets = leaving.targets[layer].tolist()
+        assert len(set(targets)) == len(targets)
+        for source, target in zip(leaving.sources[layer], targets, strict=True):
+            label = held[source]
+            assert label is not None
+            self._content[divmod(target, size)[0], 0, target % size] = label
+
     def _check_reads(self, layer: int, batch: Batch, step: StepRows) -> None:
         shape = self._shape(step, layer)
         owners, of_layer = batch.token_owners(), self._heads[layer]
@@ -77,6 +115,7 @@ class PoolModel:
         assert starts[-1] == len(owners) * heads
         for row, seq_len in enumerate(shape.seq_lens.tolist()):
             keys = self._keys(layer, step.page_tables[layer][row].tolist(), seq_len)
+            gap = range(*shape.gaps[row]) if shape.gaps is not None else range(0)
             counts = step.num_decode_tokens, len(owners), heads
             token, head = self._place(starts[row], *counts)
             assert shape.first[row] == token * heads + head
@@ -84,14 +123,29 @@ class PoolModel:
                 token, head = self._place(query, *counts)
                 request, position = owners[token]
                 # Causal, aligned to the end: a row's queries are its last tokens.
-                seen = keys[: seq_len - (starts[row + 1] - 1 - query)]
+                behind = seq_len - (starts[row + 1] - 1 - query)
+                seen = [key for j, key in enumerate(keys[:behind]) if j not in gap]
                 expected = [
                     self._label(request, layer, head, visible)
-                    for visible in visible_positions(
-                        request.plan, layer, of_layer.lane_of_head[head], position
+                    for visible in self._visible(
+                        request, layer, of_layer.lane_of_head[head], position
                     )
                 ]
                 assert sorted(seen) == expected
+
+    def _visible(
+        self, request: Request, layer: int, head: int, query: int
+    ) -> list[int]:
+        """Positions that a query sees, as they were or packed, ascending."""
+        plan = request.plan
+        seen = visible_positions(plan, layer, head, query)
+        keep = kept_of_group(plan, layer, head)
+        if keep is not None:
+            block = query // plan.page_size
+            for group in range(groups_in_front(plan, layer, head, block)):
+                tokens = tokens_of_group(plan, layer, head, group)
+                seen += kept_positions(layer, head, tokens, keep)
+        return sorted(seen)
 
     def _shape(self, step: StepRows, layer: int) -> RowShapes:
         return step.shapes[step.shape_of_layer[layer]]
@@ -142,6 +196,11 @@ class PoolModel:
         return {
             self._label(request, layer, head, position)
             for head, lane in enumerate(self._heads[layer].lane_of_head)
-            for position in visible_positions(request.plan, layer, lane, tokens)
+            for position in self._visible(request, layer, lane, tokens)
             if position < tokens
         }
+
+
+def kept_positions(layer: int, head: int, group: range, keep: int) -> list[int]:
+    """What a policy keeps of a group: any choice, the same at all times."""
+    return sorted(Random(f"{layer} {head} {group.start}").sample(group, keep))

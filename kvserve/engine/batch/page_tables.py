@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from kvserve.engine.batch.leaving import HistoryPages, Leaving
 from kvserve.engine.batch.settled import SettledRows
 from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan
-from kvserve.plan.lanes import IntArray, Lanes
+from kvserve.plan.lanes import IntArray, Lanes, PageArray
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.rule import RequestPlan, Rule
-
-PageArray = npt.NDArray[np.int32]
 
 
 class PageTables:
@@ -27,13 +25,15 @@ class PageTables:
 
     Attributes:
         lanes: what each row's lanes keep, ``[num_layers, rows, num_kv_heads]``.
-        by_slot: page of each slot, ``[num_layers, rows, num_kv_heads, width]``.
+        by_slot: page of each slot, ``[num_layers, rows, num_kv_heads, width]``. Behind
+            all slots are history pages, from column ``history`` on.
         ordered: pages in the order in which a decode row reads them, the open page
-            last, same shape. Without bounded lanes it is ``by_slot`` itself.
+            last, as wide as there are slots. Without bounded lanes it is ``by_slot``.
         open_page: page being filled, ``[num_layers, rows, num_kv_heads]``; of settled
             rows ``settled`` tells.
         settled: rows whose lanes have lengths of their own.
         local_layers: those whose queries do not see everything by the model itself.
+        leaving: groups that leave the window in this step, in the order to pack them.
         changed: rows whose pages have changed, until somebody clears it.
 
     Args:
@@ -52,21 +52,32 @@ class PageTables:
     ) -> None:
         plan = plan.of_rank(rank)
         self._plan, self._rule, self._rank = plan, rule, rank
-        width = blocks_of(max_tokens, plan.page_size)
-        shape = (plan.num_layers, max_requests, plan.num_kv_heads, width)
-        self.lanes = Lanes.full(shape[:3], plan.stride)
-        self.by_slot: PageArray = np.zeros(shape, dtype=np.int32)
+        self.history = width = blocks_of(max_tokens, plan.page_size)
+        packed = plan.history_pages(max_tokens)
+        shape = (plan.num_layers, max_requests, plan.num_kv_heads)
+        self.lanes = Lanes.full(shape, plan.stride)
+        if plan.group:
+            nothing = np.zeros(shape, dtype=np.int64)
+            self.lanes = self.lanes.thinned(nothing, nothing.copy(), plan.page_size)
+        self.by_slot: PageArray = np.zeros((*shape, width + packed), dtype=np.int32)
         self.ordered: PageArray = self.by_slot
         if (rule or plan).has_bounded_lanes:
-            self.ordered = np.zeros(shape, dtype=np.int32)
-        self.open_page: PageArray = np.zeros(shape[:3], dtype=np.int32)
-        self.settled = SettledRows(shape[:3], plan.page_size)
+            self.ordered = np.zeros((*shape, width), dtype=np.int32)
+        self.open_page: PageArray = np.zeros(shape, dtype=np.int32)
+        self.settled = SettledRows(shape, plan.page_size)
         self.local_layers = frozenset(i for i, one in enumerate(plan.local) if one)
+        self.leaving: list[Leaving] = []
         self.changed: set[int] = set()
         self._plans: dict[str, RequestPlan] = {}
         self._requests: list[str] = []
         self._blocks: IntArray = np.zeros(max_requests, dtype=np.int64)
+        self._events: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._restarted: set[str] = set()
+
+    @property
+    def thins(self) -> bool:
+        """Whether a lane of some request is thinned."""
+        return self.lanes.page_size > 0
 
     def expect(
         self,
@@ -115,7 +126,11 @@ class PageTables:
             self.settled.drop(request_id)
 
     def refresh(
-        self, request_ids: list[str], page_lists: PageArray, seq_lens: IntArray
+        self,
+        request_ids: list[str],
+        page_lists: PageArray,
+        seq_lens: IntArray,
+        computed: IntArray,
     ) -> None:
         """Bring the tables up to date with the batch of this step.
 
@@ -123,6 +138,7 @@ class PageTables:
             request_ids: the batch's requests, in row order.
             page_lists: page list of each row, ``[>= rows, pages]``.
             seq_lens: tokens of each row when the step is done, ``[rows]``.
+            computed: tokens of each row when it begins, ``[rows]``.
         """
         if request_ids != self._requests or self._restarted:
             self._match_rows(request_ids)
@@ -130,35 +146,66 @@ class PageTables:
         grown = blocks != self._blocks[: len(blocks)]
         if self.settled:
             grown &= ~self.settled.rows[: len(blocks)]
-        for row in np.flatnonzero(grown).tolist():
-            self._update_row(row, page_lists[row], int(blocks[row]))
+        opened = np.flatnonzero(grown).tolist()
+        for row in opened:
+            self._open_blocks(row, page_lists[row], int(blocks[row]))
             self.changed.add(row)
+        if self.thins:
+            self._let_leave(page_lists, seq_lens, computed)
+        for row in opened:
+            self._order_row(row)
         for row, before, now in self.settled.opened(seq_lens):
             self._place_settled(row, page_lists[row], before, now)
             self.changed.add(row)
+
+    def _let_leave(
+        self, page_lists: PageArray, seq_lens: IntArray, computed: IntArray
+    ) -> None:
+        """Enter the history pages of groups that leave."""
+        self.leaving.clear()
+        size = self._plan.page_size
+        for row, (tokens, before) in enumerate(
+            zip((seq_lens // size).tolist(), (computed // size).tolist(), strict=True)
+        ):
+            plan = self.plan_of(self._requests[row]).reading
+            done, due = int(self._events[row]), plan.history.events(tokens)
+            if due <= done:
+                continue
+            self._events[row] = due
+            left = HistoryPages(plan, self.history).place(
+                self.by_slot[:, row],
+                page_lists[row],
+                range(done + 1, due + 1),
+                plan.history.events(before),
+            )
+            if left is not None:
+                self.leaving.append(left)
+            self.changed.add(row)
+        # Who starts with what another packs in this very step packs behind him.
+        self.leaving.sort(key=lambda left: left.first)
 
     def _match_rows(self, request_ids: list[str]) -> None:
         known = self._requests + [""] * (len(request_ids) - len(self._requests))
         for row, (new, old) in enumerate(zip(request_ids, known, strict=False)):
             if new != old or new in self._restarted:
-                self._blocks[row] = 0
+                self._blocks[row] = self._events[row] = 0
                 self.lanes.put(row, self.plan_of(new).reading.lanes)
                 self.settled.place(row, new)
         self._requests = list(request_ids)
         self._restarted.clear()
 
-    def _update_row(self, row: int, page_list: PageArray, blocks: int) -> None:
+    def _open_blocks(self, row: int, page_list: PageArray, blocks: int) -> None:
         plan = self.plan_of(self._requests[row]).reading
         opened = np.arange(self._blocks[row], blocks)
         shape = plan.num_layers, plan.num_kv_heads, len(opened)
-        index = plan.list_index(np.broadcast_to(opened, shape))
+        index = plan.page_list.index(np.broadcast_to(opened, shape))
         has_slot = np.broadcast_to(plan.lanes.opens(opened), shape)
         new = np.where(has_slot, page_list[np.where(has_slot, index, 0)], 0)
         by_slot = self.by_slot[:, row]
         by_slot[:, :, opened] = new
         self._blocks[row] = blocks
         if self.ordered is not self.by_slot:
-            self._order_row(row, plan.lanes, opened, new, blocks - 1)
+            self.ordered[:, row][:, :, opened] = new
         open_slot = plan.lanes.slot_of(np.array([blocks - 1]))
         self.open_page[:, row] = np.take_along_axis(by_slot, open_slot, 2)[..., 0]
 
@@ -199,19 +246,33 @@ class PageTables:
             seen = np.minimum(seen, self.settled.lane_tokens(seq_lens))
         return seen
 
-    def _order_row(
-        self, row: int, lanes: Lanes, opened: IntArray, new: PageArray, last: int
-    ) -> None:
-        """Append to full lanes, list bounded lanes anew: they are short."""
-        ordered = self.ordered[:, row]
-        ordered[:, :, opened] = new
+    def gaps(self, seq_lens: IntArray) -> IntArray | None:
+        """Keys of each lane that the last token of each row does not see.
+
+        Returns:
+            First one and first behind, ``[num_layers, rows, num_kv_heads, 2]``; nothing
+            where no lane is thinned.
+        """
+        if not self.thins:
+            return None
+        block = (seq_lens - 1) // self._plan.page_size
+        lanes = self.lanes.first_rows(len(seq_lens))
+        gaps: IntArray = lanes.gap(block[:, None, None])[..., 0, :]
+        return gaps
+
+    def _order_row(self, row: int) -> None:
+        """List bounded lanes anew: they are short. Full ones are in order."""
+        if self.ordered is self.by_slot:
+            return
+        ordered, last = self.ordered[:, row], int(self._blocks[row]) - 1
+        lanes = self.plan_of(self._requests[row]).reading.lanes
         bounded = lanes.window > 0
         if not bounded.any():
             return
         block = np.array([last])
         seen = np.broadcast_to(last + 1 - lanes.hidden(block)[..., 0], bounded.shape)
         width = int(seen[bounded].max())
-        visible = lanes.visible(block, width)[..., 0, :]
+        visible = lanes.visible(block, width, self.history)[..., 0, :]
         slot = lanes.slot_of(np.maximum(visible, 0))
         listed = np.take_along_axis(self.by_slot[:, row], slot, 2)
         ordered[:, :, :width] = np.where(

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvserve.engine.batch.page_tables import PageArray, PageTables
-from kvserve.plan.lanes import BoolArray, IntArray
+from kvserve.engine.batch.page_tables import PageTables
+from kvserve.plan.lanes import BoolArray, IntArray, PageArray
 from kvserve.plan.page_plan import PagePlan
 
 Int32Array = npt.NDArray[np.int32]
@@ -93,18 +93,21 @@ class RowBuilder:
         num_decodes = int(longer[0]) if longer.size else len(lengths)
         decodes = seq_lens[:num_decodes]
         decode_lens = self._of_heads(self._tables.tokens_seen(decodes))
+        decode_gaps = self._gaps_of_decodes(decodes)
         slots = self._slots_of_heads(self._tables.next_slots(decodes))
         if not longer.size:
-            return self._decode_only(num_decodes, decode_lens, slots)
+            return self._decode_only(num_decodes, decode_lens, decode_gaps, slots)
         chunks = _Chunks(self._plan, self._tables, query_start, seq_lens, num_decodes)
         slots = _joined(slots, self._slots_of_heads(chunks.slots()))
         row_lengths = _joined(chunks.row_lengths(), decode_lens)
         if self._layout:  # rows of as many lanes may be of more heads
             heads = np.array([[one.kv_heads] for one in self._layout])
             row_lengths = _joined(heads, row_lengths)
+        row_lengths = _joined(row_lengths, decode_gaps)
         exemplars, shape_of_layer = _alike_layers(row_lengths)
         shapes = [
-            self._with_prefill(decode_lens[layer], chunks, layer) for layer in exemplars
+            self._with_prefill(decode_lens[layer], decode_gaps[layer], chunks, layer)
+            for layer in exemplars
         ]
         return StepRows(
             num_decodes,
@@ -116,16 +119,20 @@ class RowBuilder:
         )
 
     def _decode_only(
-        self, num_decodes: int, decode_lens: Layers, slots: Layers
+        self, num_decodes: int, decode_lens: Layers, gaps: IntArray, slots: Layers
     ) -> StepRows:
         # Lanes of unequal budgets are alike until the smaller one is full.
-        exemplars, shape_of_layer = _alike_layers(decode_lens)
+        exemplars, shape_of_layer = _alike_layers(_joined(decode_lens, gaps))
         shapes = []
         for layer in exemplars:
             lengths = decode_lens[layer].astype(np.int32)
             rows = len(lengths)
             starts = np.arange(rows + 1, dtype=np.int32)
-            shapes.append(RowShapes(rows, starts, lengths, np.arange(rows)))
+            shapes.append(
+                RowShapes(
+                    rows, starts, lengths, np.arange(rows), self._gaps(gaps[layer])
+                )
+            )
         tables = self._decode_tables(num_decodes)
         return StepRows(num_decodes, shapes, shape_of_layer, tables, slots)
 
@@ -139,6 +146,19 @@ class RowBuilder:
             pages = one.pages(by_lane.swapaxes(1, 2).astype(np.int64)).swapaxes(1, 2)
             tables.append(pages.reshape(-1, pages.shape[-1]).astype(np.int32))
         return tables
+
+    def _gaps_of_decodes(self, seq_lens: IntArray) -> IntArray:
+        """Gaps of each layer's decode rows, one behind the other; none, if none has."""
+        gaps = self._tables.gaps(seq_lens)
+        if gaps is None:
+            return np.zeros((self._plan.num_layers, 0), dtype=np.int64)
+        return gaps.reshape(len(gaps), -1)
+
+    def _gaps(self, *parts: IntArray) -> Int32Array | None:
+        """Gaps of rows as kernels take them."""
+        if not self._tables.thins:
+            return None
+        return np.concatenate(parts).reshape(-1, 2).astype(np.int32)
 
     def _of_heads(self, by_lane: IntArray) -> Layers:
         """Flatten ``[num_layers, rows, lanes]`` to kernel rows of each layer."""
@@ -167,7 +187,7 @@ class RowBuilder:
         return lanes
 
     def _with_prefill(
-        self, decode_lens: IntArray, chunks: _Chunks, layer: int
+        self, decode_lens: IntArray, gaps: IntArray, chunks: _Chunks, layer: int
     ) -> RowShapes:
         lanes = self._lanes(layer)
         decodes, heads = len(decode_lens), len(lanes)
@@ -184,6 +204,7 @@ class RowBuilder:
             starts.astype(np.int32),
             np.concatenate(seq_lens).astype(np.int32),
             np.concatenate(first),
+            self._gaps(gaps, *(chunks.gaps(layer, lane) for lane in lanes)),
         )
 
     def _page_tables(
@@ -248,6 +269,7 @@ class _Chunks:
         first_row: int,
     ) -> None:
         self._plan, self._by_slot = plan, tables.by_slot
+        self._history = tables.history
         self.first_row = first_row
         self.lengths = np.diff(query_start)[first_row:]
         self.seq_lens = seq_lens[first_row:]
@@ -278,32 +300,52 @@ class _Chunks:
         scratch = self._scratch_page(self._scratch_index)
         self._pages = np.where(self._in_scratch, scratch, self._own)
         self.bounded_tables = self._bounded_tables()
+        self._is_row = self._row_ends(by_block)
 
     def row_lengths(self) -> IntArray:
         """What the lengths of a layer's rows follow from, ``[layers, any]``."""
         layers = self._plan.num_layers
-        parts = [self._bounded.reshape(layers, -1), self.visible.reshape(layers, -1)]
+        parts = [self._is_row.reshape(layers, -1), self.visible.reshape(layers, -1)]
+        if self._lanes.page_size:
+            gaps = self._lanes.gap(self._block[:, None])
+            parts.append(gaps.reshape(layers, -1))
         return np.concatenate(parts, axis=1)
+
+    def _row_ends(self, by_block: IntArray) -> BoolArray:
+        """At which of the touched blocks a row ends, ``[layers, heads, blocks]``.
+
+        Full lanes have one row, bounded ones a row for each block; blocks of a thinned
+        lane share one for as long as no further group leaves.
+        """
+        ends: BoolArray = self._bounded | (self._is_last_of == 0)
+        if self._lanes.page_size:
+            thinned = self._lanes.group > 0
+            left = self._lanes.groups(by_block) < self._lanes.groups(by_block + 1)
+            ends = np.where(thinned, left[..., 0] | (self._is_last_of == 0), ends)
+        return ends
+
+    def gaps(self, layer: int, head: int) -> IntArray:
+        """First hidden key, and first behind, of a head's rows, ``[2 * rows]``."""
+        if not self._lanes.page_size:
+            return np.zeros(0, dtype=np.int64)
+        of_blocks = self._lanes.gap(self._block[:, None])[layer, head, :, 0]
+        gaps: IntArray = of_blocks[self._is_row[layer, head]].ravel()
+        return gaps
 
     def rows(self, layer: int, head: int) -> tuple[IntArray, IntArray]:
         """Queries of each of a head's rows, and keys that the row's last one sees."""
-        blocks = self._bounded[layer, head]
-        lengths = [self.block_lengths, self.lengths[self._chunk]]
-        seen = [self.visible[layer, head], self.seq_lens[self._chunk]]
-        is_row = blocks | (self._is_last_of == 0)
-        return np.where(blocks, *lengths)[is_row], np.where(blocks, *seen)[is_row]
+        ends = np.flatnonzero(self._is_row[layer, head])
+        lengths = np.diff(self.block_lengths.cumsum()[ends], prepend=0)
+        return lengths, self.visible[layer, head, ends]
 
     def page_table(self, layer: int, head: int) -> PageArray:
         """Pages of each of a head's rows, ``[rows, width]``."""
-        bounded = self._bounded[layer, head]
-        rows = self.first_row + self._chunk
-        if not bounded.any():
-            whole: PageArray = self._by_slot[layer, rows[self._is_last_of == 0], head]
-            return whole
-        is_row = bounded | (self._is_last_of == 0)
-        tables: PageArray = self._by_slot[layer, rows[is_row], head]
-        listed = self.bounded_tables[layer, head][bounded]
-        tables[bounded[is_row], : listed.shape[1]] = listed
+        bounded, is_row = self._bounded[layer, head], self._is_row[layer, head]
+        rows = (self.first_row + self._chunk)[is_row]
+        tables: PageArray = self._by_slot[layer, rows, head, : self._history]
+        if bounded.any():
+            listed = self.bounded_tables[layer, head][bounded & is_row]
+            tables[bounded[is_row], : listed.shape[1]] = listed
         return tables
 
     def _scratch_page(self, index: IntArray) -> IntArray:
@@ -338,8 +380,10 @@ class _Chunks:
             return np.zeros((*self._bounded.shape, 0), dtype=np.int32)
         seen = -(-self.visible // self._plan.page_size)
         width = int(seen[self._bounded].max())
-        visible = self._lanes.visible(self._block[:, None], width)[..., 0, :]
-        distance = np.where(visible < 0, 0, visible - self._block[:, None])
+        by_block = self._block[:, None]
+        visible = self._lanes.visible(by_block, width, self._history)[..., 0, :]
+        listed = (visible >= 0) & (visible < self._history)
+        distance = np.where(listed, visible - by_block, 0)
         # Listed blocks of this chunk are the touched block `distance` places back.
         touched = np.arange(len(self._block))[:, None] + distance
         same_chunk = (touched >= 0) & (
@@ -349,7 +393,7 @@ class _Chunks:
         layers = np.arange(visible.shape[0])[:, None, None, None]
         heads = np.arange(visible.shape[1])[None, :, None, None]
         written = self._pages[layers, heads, np.maximum(touched, 0)]
-        return np.where(same_chunk & (visible >= 0), written, own).astype(np.int32)
+        return np.where(same_chunk & listed, written, own).astype(np.int32)
 
     def slots(self) -> IntArray:
         """Slot of each prefill token and lane, ``[layers, tokens, lanes]``."""

@@ -147,7 +147,7 @@ class _Books:
             return
         computed = min(self.requests[name].num_computed_tokens, tokens)
         # The last step's tokens are not computed when pages are given back.
-        earliest = max(tokens - max(self.manager.rule.in_flight, 1), 0)
+        earliest = max(tokens - self.manager.rule.in_flight, 0)
         missing = (ids == 0) & ~_given_back(plan, entries, computed)
         kept = (ids > 0) & _given_back(plan, entries, earliest)
         if missing.any():
@@ -238,10 +238,11 @@ def _hashes(pages: list[KVCacheBlock], index: PrefixIndex | None) -> Iterator[st
     for block_hash, record in records.items():
         if get_block_hash(record.key) != block_hash:
             yield f"index: the record of {block_hash.hex()[:12]} has another's key"
-        if len(record.pages) != record.needs.width:
+        if len(record.pages) != record.needs.width(record.block):
             yield (
                 f"index: the record of {block_hash.hex()[:12]} has "
-                f"{len(record.pages)} places instead of {record.needs.width}"
+                f"{len(record.pages)} places instead of "
+                f"{record.needs.width(record.block)}"
             )
         key = record.key
         for page in record.pages:

@@ -127,7 +127,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         other instead of evicting each other. Pages that others hold anyway cost it
         nothing.
         """
-        in_flight = max(self.rule.in_flight, 1)
+        in_flight = self.rule.in_flight
         needed = self.plan_of(request_id).most_pages(num_tokens, in_flight)
         owed = sum(
             self.plan_of(other).owed(len(held))

@@ -30,11 +30,13 @@ class CachedBlock:
 
     Attributes:
         key: hash of the tokens up to the block's end, and of all else they depend on.
+        block: its number in the text.
         pages: by place, the null page where there was none.
         needs: what a request needs of them.
     """
 
     key: BlockHashWithGroupId
+    block: int
     pages: list[KVCacheBlock]
     needs: PrefixPages
 
@@ -72,6 +74,7 @@ class PrefixIndex:
         self,
         block_hash: BlockHash,
         pages: Sequence[KVCacheBlock],
+        block: int,
         num_tokens: int,
         needs: PrefixPages,
     ) -> None:
@@ -82,13 +85,14 @@ class PrefixIndex:
 
         Args:
             pages: by place, the null page where the request holds none any more.
+            block: its number in the text.
             num_tokens: tokens up to the block's end.
         """
         record = self._records.get(block_hash)
         if record is None:
             self._sweep()
             key = make_block_hash_with_group_id(block_hash, self._group_id)
-            record = CachedBlock(key, [self._null_page] * len(pages), needs)
+            record = CachedBlock(key, block, [self._null_page] * len(pages), needs)
             self._records[block_hash] = record
         # Pages that are gone are dropped before any is named: one of them may have
         # come back as the page of another place of this very block.
@@ -133,7 +137,7 @@ class PrefixIndex:
         found: list[KVCacheBlock] = []
         for block, record in enumerate(chain[:boundary]):
             needs, pages = record.needs, record.pages
-            row = [self._null_page] * needs.width
+            row = [self._null_page] * needs.width(block)
             for place in needs.staying(block):
                 row[place] = pages[place]
             for place in needs.reaching(block, boundary):

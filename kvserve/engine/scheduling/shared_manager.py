@@ -98,7 +98,7 @@ class SharedPagedManager(HeadPagedManager):
         self._computed[request_id] = num_local_computed_tokens
         self._held[request_id] = len(pages)
         needs = self.needs_of(request_id)
-        window = held[max(blocks - needs.window, 0) * needs.width :]
+        window = held[needs.first_entry(max(blocks - needs.window, 0)) :]
         self._proven.update(page.block_id for page in window)
 
     def allocate_new_blocks(
@@ -132,9 +132,9 @@ class SharedPagedManager(HeadPagedManager):
             return
         needs, held = self.needs_of(name), self.req_to_blocks[name]
         for block in range(first, last):
-            pages = held[block * needs.width : (block + 1) * needs.width]
+            pages = held[needs.first_entry(block) : needs.first_entry(block + 1)]
             tokens = (block + 1) * self.block_size
-            self.index.insert(request.block_hashes[block], pages, tokens, needs)
+            self.index.insert(request.block_hashes[block], pages, block, tokens, needs)
         self.num_cached_block[name] = last
 
     def uncache(self, request: Request, num_tokens: int) -> None:
@@ -143,7 +143,7 @@ class SharedPagedManager(HeadPagedManager):
         first = num_tokens // self.block_size
         needs, held = self.needs_of(name), self.req_to_blocks.get(name, [])
         for block in range(first, self.num_cached_block.get(name, 0)):
-            pages = held[block * needs.width : (block + 1) * needs.width]
+            pages = held[needs.first_entry(block) : needs.first_entry(block + 1)]
             self.index.forget(request.block_hashes[block], pages)
 
     def _give_back(
@@ -160,7 +160,7 @@ class SharedPagedManager(HeadPagedManager):
         ahead = np.array(
             [(num_prompt_tokens - 1) // self.block_size, self._junctions[request_id]]
         )
-        distance = ahead - entries[:, None] // needs.width
+        distance = ahead - needs.blocks_of(entries)[:, None]
         in_window = (distance > 0) & (distance < needs.window)
         likely: BoolArray = np.any(in_window, axis=1)
         passed: list[KVCacheBlock] = []

@@ -149,7 +149,7 @@ def check_pool(config: VllmConfig, rule: Rule) -> None:
     length = config.model_config.max_model_len
     most, why = rule.most_pages(length), "under this policy"
     if rule.mixed:
-        most = rule.largest.most_pages(length, max(rule.in_flight, 1))
+        most = rule.largest.most_pages(length, rule.in_flight)
         why = "under `full`, which --allow-request-policies lets it name"
     # One page more: vLLM's block 0 is never given out.
     pages = most + scratch_of(config, rule) + 1

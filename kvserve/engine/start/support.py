@@ -35,7 +35,8 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         page_size,
         max_tokens,
         ranks=ranks,
-        in_flight=vllm_config.max_in_flight_tokens if shared else 0,
+        in_flight=vllm_config.max_in_flight_tokens,
+        shared=shared,
         mixed=settings.allow_request_policies,
         step_tokens=scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
     )

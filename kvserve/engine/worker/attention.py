@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.device import Device
 from kvserve.engine.worker.selection import SelectingStep
+from kvserve.engine.worker.thinning import ThinningStep
 from kvserve.errors import UserError
 from kvserve.kernels.score_form import Positions, ScoreForm
 
@@ -34,6 +35,7 @@ class HeadPagedMetadata(AttentionMetadata):
         copies: pages to move when a layer is done, ``[num_layers]`` or empty.
         clock: what choosing and moving cost.
         selecting: what requests that select do in this step, if there are any.
+        thinning: groups that leave the window in this step, if there are any.
         positions: of tokens and of the pool, if a layer asks how far keys are.
     """
 
@@ -45,6 +47,7 @@ class HeadPagedMetadata(AttentionMetadata):
     copies: list[tuple[torch.Tensor, torch.Tensor]]
     clock: Clock
     selecting: SelectingStep | None = None
+    thinning: ThinningStep | None = None
     positions: Positions | None = None
 
 
@@ -153,6 +156,9 @@ class HeadPagedAttention(AttentionImpl[HeadPagedMetadata]):
                 pages,
                 meta,
             )
+            if meta.thinning is not None:
+                cached = meta.positions.cached if meta.positions else None
+                meta.thinning.thin(this, kv_cache, cached)
         self._device.attend(
             query[:tokens],
             pages,

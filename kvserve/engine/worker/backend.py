@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.batch.rows import RowBuilder
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices import hardware
@@ -31,15 +32,18 @@ from kvserve.engine.devices.staging import StagedRows
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.engine.start.support import page_format_of
 from kvserve.engine.worker.attention import HeadPagedAttention, HeadPagedMetadata
+from kvserve.engine.worker.rotation import Rotation
 from kvserve.engine.worker.selection import (
     SelectingStep,
     Selector,
     TokenState,
     positions_of,
 )
+from kvserve.engine.worker.thinning import Thinner
 from kvserve.kernels.page_formats import FORMATS
 from kvserve.kernels.score_form import Positions
-from kvserve.plan.lanes import IntArray
+from kvserve.plan.lanes import IntArray, PageArray
+from policies.thinning import ThinningPolicy
 
 
 class HeadPagedBackend(AttentionBackend):
@@ -94,7 +98,9 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         # A step of single tokens may end a prompt, which a graph would not notice;
         # and positions have no address of their own.
         rule = cast(HeadPagedSpec, kv_cache_spec).rule
-        if rule.may_select or any(impl.asks_distance for impl in _impls(vllm_config)):
+        thins = isinstance(rule.policy, ThinningPolicy)
+        asks = any(impl.asks_distance for impl in _impls(vllm_config))
+        if rule.may_select or thins or asks:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -128,9 +134,11 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             largest.group_size,
             self.tables,
             device,
+            gaps=self.tables.thins,
         )
         self._input_batch: Any = None
         self._selector: Selector | None = None
+        self._thinner: Thinner | None = None
         self._asks_distance = any(layer.asks_distance for layer in layers)
         self._cached_positions: torch.Tensor | None = None
         # Here, not when the cache is there: vLLM profiles CUDA graphs before that.
@@ -138,7 +146,9 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         for layer in layers:
             if layer.shape not in by_shape:
                 shape = *layer.shape, kv_cache_spec.block_size
-                by_shape[layer.shape] = hardware.cpu_kernels(None, dtype, *shape)
+                by_shape[layer.shape] = hardware.cpu_kernels(
+                    None, dtype, *shape, gaps=self.tables.thins
+                )
             layer.bind(by_shape[layer.shape], device)
 
     def attach(self, input_batch: Any) -> None:
@@ -159,6 +169,17 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             self._selector = Selector(
                 self.tables, self.kernels, self.staging, self.clock, pool, state
             )
+
+    def let_thin(self, rotations: Sequence[Rotation | None]) -> None:
+        """Prepare for groups that leave a window.
+
+        Args:
+            rotations: of the keys of each layer with a cache of its own.
+        """
+        rule = cast(HeadPagedSpec, self.kv_cache_spec).rule
+        assert isinstance(rule.policy, ThinningPolicy)
+        on_device = self.kernels, self.staging, self.clock
+        self._thinner = Thinner(rule.policy, rule.model, rotations, *on_device)
 
     def settle(self) -> None:
         """Move what survives of prompts that were read in this step."""
@@ -199,13 +220,17 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
             staged = self.staging.stage(None, common.num_actual_tokens)
             return self._metadata(common, staged, None)
         lengths, lists = lengths_of(common, len(requests)), self._page_lists()
-        self.tables.refresh(requests, lists, lengths[1])
+        starts, seq_lens = lengths
+        self.tables.refresh(requests, lists, seq_lens, seq_lens - np.diff(starts))
         step = self._rows.build(*lengths)
         staged = self.staging.stage(step, common.num_actual_tokens)
         selecting = None
         if self._selector is not None:
             selecting = self._selector.begin(requests, lists, *lengths, staged)
-        return self._metadata(common, staged, selecting, self._positions(*lengths))
+        meta = self._metadata(common, staged, selecting, self._positions(*lengths))
+        if self._thinner is not None:
+            meta.thinning = self._thinner.begin(self.tables.leaving)
+        return meta
 
     def _positions(self, query_start: IntArray, seq_lens: IntArray) -> Positions | None:
         """Where tokens stand, if a layer asks."""

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.clock import Clock
 from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.staging import StagedRows, Staging
@@ -30,7 +30,7 @@ from kvserve.kernels.score_form import Positions, ScoreForm, window_weights
 from kvserve.kernels.statistics import CachedRows
 from kvserve.plan.blocks import blocks_of
 from kvserve.plan.dense import DensePlan
-from kvserve.plan.lanes import BoolArray, IntArray
+from kvserve.plan.lanes import BoolArray, IntArray, PageArray
 from policies.base import Prompt
 
 

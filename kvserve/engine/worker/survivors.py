@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvserve.engine.batch.page_tables import PageArray
 from kvserve.engine.devices.device import Device
 from kvserve.plan.dense import DensePlan
+from kvserve.plan.lanes import PageArray
 from policies.base import Prompt, Selection
 
 

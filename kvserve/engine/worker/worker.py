@@ -42,12 +42,14 @@ from kvserve.engine.worker.compiled_code import (
     allow_compilation,
     let_compiled_code_load,
 )
+from kvserve.engine.worker.rotation import Rotation, rotation_of
 from kvserve.engine.worker.states import States, state_specs
 from kvserve.errors import UserError
 from kvserve.kernels.huge_pages import use_huge_pages
 from kvserve.plan.request_policies import rule_of_request
 from kvserve.plan.rule import Rule
 from kvserve.start_up import Phase, enter
+from policies.thinning import ThinningPolicy
 
 _BACKEND = "kvserve.engine.worker.backend.HeadPagedBackend"
 
@@ -93,6 +95,7 @@ class HeadPagedWorker(Worker):
     _rule: Rule
     _states: States
     _page_size: int
+    _cached_layers: list[str]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         enter(Phase.LOADING)
@@ -123,6 +126,7 @@ class HeadPagedWorker(Worker):
             for name, layer in layers.items()
         }
         own = [name for name, target in targets.items() if name == target]
+        self._cached_layers = own
         largest = self._rule.model.head_size
         last_reader = {target: name for name, target in targets.items()}
         for name, target in targets.items():
@@ -185,6 +189,13 @@ class HeadPagedWorker(Worker):
         layers = self._attention_layers().values()
         use_huge_pages(next(iter(layers)).kv_cache)
         self._builder.remember_tokens(next(iter(layers)).kv_cache)
+        if isinstance(self._rule.policy, ThinningPolicy):
+            self._builder.let_thin(self._rotations())
+
+    def _rotations(self) -> list[Rotation | None]:
+        """How keys are rotated, of each layer with a cache of its own."""
+        model = self.model_runner.get_model()
+        return [rotation_of(model, name) for name in self._cached_layers]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         new = scheduler_output.scheduled_new_reqs

@@ -11,8 +11,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.engine.batch.page_tables import PageArray, PageTables
+from kvserve.engine.batch.page_tables import PageTables
 from kvserve.plan.blocks import blocks_of
+from kvserve.plan.lanes import PageArray
 from kvserve.plan.page_plan import PagePlan
 from tests.reference.visibility import slots, visible_blocks
 from tests.unit.simulator import (
@@ -23,11 +24,13 @@ from tests.unit.simulator import (
     Scheduler,
     make_plan,
     plans,
+    refresh,
     rules,
     seeds,
 )
 
 SIZE = 4
+NOTHING = np.zeros(2, dtype=np.int64)
 MIXED = make_plan(SIZE, [[FULL_LANE, (1, 2)], [(2, 1), (1, 3)]])
 MAX_TOKENS = 40
 
@@ -45,7 +48,7 @@ def page_lists(plan: PagePlan, lengths: list[int], first_page: int = 100) -> Pag
 def filled_tables(plan: PagePlan, names: list[str], lengths: list[int]) -> PageTables:
     tables = PageTables(plan, 4, MAX_TOKENS)
     tables.forget(names)
-    tables.refresh(names, page_lists(plan, lengths), np.array(lengths))
+    tables.refresh(names, page_lists(plan, lengths), np.array(lengths), NOTHING)
     return tables
 
 
@@ -111,8 +114,8 @@ def check_step_by_step(plan: PagePlan | DrawnRule, rng: Random) -> None:
             for tables in (kept, fresh):
                 tables.expect(request.name, request.prompt, 0)
         kept.forget(batch.restarted)
-        kept.refresh(batch.names, batch.page_lists, batch.seq_lens)
-        fresh.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        refresh(kept, batch)
+        refresh(fresh, batch)
         plans, lengths = [r.plan for r in batch.requests], batch.seq_lens.tolist()
         expected = contents_of_rows(fresh, plans, lengths)
         assert contents_of_rows(kept, plans, lengths) == expected
@@ -159,7 +162,7 @@ def test_each_slot_has_the_page_that_the_plan_names(
     for block in range(blocks_of(tokens, plan.page_size)):
         shape = plan.num_layers, plan.num_kv_heads, 1
         slot = np.broadcast_to(plan.lanes.slot_of(np.array([block])), shape)
-        index = plan.list_index(slot)[..., 0]
+        index = plan.page_list.index(slot)[..., 0]
         found = np.take_along_axis(tables.by_slot[:, 0], slot, 2)[..., 0]
         assert (found == lists[0][index]).all()
 
@@ -180,8 +183,8 @@ def test_a_decode_step_that_opens_no_block_leaves_the_tables_alone() -> None:
     tables = filled_tables(MIXED, ["a", "b"], [14, 21])
     forbid_writes(tables)
     unread = np.full((4, MIXED.pages(MAX_TOKENS)), UNKNOWN_PAGE, dtype=np.int32)
-    tables.refresh(["a", "b"], unread, np.array([15, 22]))
-    tables.refresh(["a", "b"], unread, np.array([16, 23]))
+    tables.refresh(["a", "b"], unread, np.array([15, 22]), NOTHING)
+    tables.refresh(["a", "b"], unread, np.array([16, 23]), NOTHING)
 
 
 def test_a_new_block_rewrites_its_own_row_only() -> None:
@@ -189,7 +192,7 @@ def test_a_new_block_rewrites_its_own_row_only() -> None:
     tables = filled_tables(MIXED, ["a", "b"], lengths)
     before = contents(tables, MIXED, lengths)
     lists = page_lists(MIXED, [17])
-    tables.refresh(["a", "b"], lists, np.array([17, 22]))
+    tables.refresh(["a", "b"], lists, np.array([17, 22]), NOTHING)
     half = len(before) // 2
     after = contents(tables, MIXED, [17, 22])
     assert after[half:] == before[half:]
@@ -199,7 +202,7 @@ def test_a_new_block_rewrites_its_own_row_only() -> None:
 def test_rows_that_swap_requests_swap_pages() -> None:
     tables = filled_tables(MIXED, ["a", "b"], [14, 15])
     lists = page_lists(MIXED, [14, 15])[[1, 0, 2, 3]]
-    tables.refresh(["b", "a"], lists, np.array([15, 14]))
+    tables.refresh(["b", "a"], lists, np.array([15, 14]), NOTHING)
     before = contents(filled_tables(MIXED, ["a", "b"], [14, 15]), MIXED, [14, 15])
     half = len(before) // 2
     assert contents(tables, MIXED, [15, 14]) == before[half:] + before[:half]
@@ -208,9 +211,9 @@ def test_rows_that_swap_requests_swap_pages() -> None:
 def test_a_request_that_sat_out_some_steps_finds_its_pages_again() -> None:
     tables = filled_tables(MIXED, ["a", "b"], [14, 15])
     expected = contents(tables, MIXED, [14, 15])
-    tables.refresh(["a"], page_lists(MIXED, [14]), np.array([14]))
-    tables.refresh(["c"], page_lists(MIXED, [30], 500), np.array([30]))
-    tables.refresh(["a", "b"], page_lists(MIXED, [14, 15]), np.array([14, 15]))
+    tables.refresh(["a"], page_lists(MIXED, [14]), np.array([14]), NOTHING)
+    tables.refresh(["c"], page_lists(MIXED, [30], 500), np.array([30]), NOTHING)
+    tables.refresh(["a", "b"], page_lists(MIXED, [14, 15]), np.array([14, 15]), NOTHING)
     assert contents(tables, MIXED, [14, 15]) == expected
 
 
@@ -218,16 +221,16 @@ def test_a_resumed_request_of_equal_length_reads_its_new_pages() -> None:
     tables = filled_tables(MIXED, ["a"], [14])
     lists = page_lists(MIXED, [14], first_page=500)
     tables.forget(["a"])
-    tables.refresh(["a"], lists, np.array([14]))
+    tables.refresh(["a"], lists, np.array([14]), NOTHING)
     assert min(tables.by_slot[0, 0, 0, :4]) >= 500
     fresh = PageTables(MIXED, 4, MAX_TOKENS)
-    fresh.refresh(["a"], lists, np.array([14]))
+    fresh.refresh(["a"], lists, np.array([14]), NOTHING)
     assert contents(tables, MIXED, [14]) == contents(fresh, MIXED, [14])
 
 
 def test_forgetting_lasts_until_the_next_refresh_and_no_longer() -> None:
     tables = filled_tables(MIXED, ["a"], [14])
     tables.forget(["a", "not here"])
-    tables.refresh(["a"], page_lists(MIXED, [14], 500), np.array([14]))
+    tables.refresh(["a"], page_lists(MIXED, [14], 500), np.array([14]), NOTHING)
     forbid_writes(tables)
-    tables.refresh(["a"], page_lists(MIXED, [14], 900), np.array([15]))
+    tables.refresh(["a"], page_lists(MIXED, [14], 900), np.array([15]), NOTHING)

@@ -23,10 +23,12 @@ from tests.unit.simulator import (
     make_plan,
     page_lists_of,
     plans,
+    refresh,
     reread_plans,
     rules,
     scratch_of,
     seeds,
+    thinned_plans,
     unequal_plans,
 )
 
@@ -54,9 +56,9 @@ class Engine:
         for request in batch.requests:
             self.tables.expect(request.name, request.prompt, 0)
         self.tables.forget(batch.restarted)
-        self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        refresh(self.tables, batch)
         step = self.builder.build(batch.query_start, batch.seq_lens)
-        self.pool.run(batch, step)
+        self.pool.run(batch, step, self.tables.leaving)
         return step
 
     def feed(self, *chunks: tuple[Request, int]) -> StepRows:
@@ -65,7 +67,7 @@ class Engine:
         lengths = [length for _, length in chunks]
         for request, length in chunks:
             first = 1000 * (1 + int(request.name))
-            held = request.plan.pages(request.computed + length)
+            held = request.plan.entries(request.computed + length)
             request.pages = list(range(first, first + held))
         lists = page_lists_of(requests, self.max_requests, MAX_TOKENS)
         restarted = [request.name for request in requests if not request.computed]
@@ -93,6 +95,12 @@ def check_schedule(plan: PagePlan | DrawnRule, rng: Random) -> None:
 def test_every_query_of_any_schedule_reads_what_the_rule_says(
     plan: PagePlan, rng: Random
 ) -> None:
+    check_schedule(plan, rng)
+
+
+@settings(max_examples=100)
+@given(thinned_plans(), seeds())
+def test_what_is_left_of_a_group_is_read_packed(plan: PagePlan, rng: Random) -> None:
     check_schedule(plan, rng)
 
 

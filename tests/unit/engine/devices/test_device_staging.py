@@ -20,6 +20,7 @@ from tests.unit.simulator import (
     Scheduler,
     make_plan,
     plans,
+    refresh,
     seeds,
 )
 
@@ -48,7 +49,7 @@ class Stage:
 
     def run(self, batch: Batch, padding: int) -> tuple[StepRows, StagedRows]:
         self.tables.forget(batch.restarted)
-        self.tables.refresh(batch.names, batch.page_lists, batch.seq_lens)
+        refresh(self.tables, batch)
         step = self.rows.build(batch.query_start, batch.seq_lens)
         tokens = int(batch.query_start[-1])
         if not isinstance(step.page_tables, list):

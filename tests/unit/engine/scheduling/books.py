@@ -31,7 +31,7 @@ PAGE, MAX_TOKENS, CHUNK, SCRATCH = 32, 1024, 96, 5
 MODEL = ModelShape("tiny", 1, 2, 2, 8, MAX_TOKENS)
 SHAPE = MODEL, PAGE, MAX_TOKENS
 RING = StreamRule(SinkRecent(sinks=32, recent=64), *SHAPE)
-SHARED = replace(RING, in_flight=CHUNK)
+SHARED = replace(RING, in_flight=CHUNK, is_shared=True)
 SELECTING = SnapKV(capacity=64, window=16)
 
 RULES: dict[str, Rule] = {

@@ -125,7 +125,7 @@ def test_nobody_behind_the_guard_needs_lengths(text: str, settled: str) -> None:
 def test_what_the_guard_lets_pass_can_be_planned_by_the_engine(
     name: str, values: dict[str, str], prompt: int, reply: int, shared: bool
 ) -> None:
-    server = under(Full(), in_flight=512 if shared else 0)
+    server = under(Full(), in_flight=512, is_shared=shared)
     text = f"{name}:" + ",".join(f"{key}={one}" for key, one in values.items())
     params = params_of(text, reply)
     try:
