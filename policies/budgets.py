@@ -44,6 +44,10 @@ RULES = {
     "h2o": "heavy_ratio=recent_ratio=s/2",
     "heterogeneous": "budget=s",
     "moa": "budget=s where the plan has it, else length so that spans are s·N",
+    "expected-attention": "budget=s, length=N",
+    "keydiff": "budget=s, length=N",
+    "kvzap": "budget=s, length=N",
+    "knorm": "budget=s, length=N",
     "sharded": "stride=2/s, local_blocks fill; model not trained for it",
 }
 
@@ -332,10 +336,11 @@ def _sharded(share: float, length: int) -> Arguments:
 
 
 def _by_field(policy: str, share: float, length: int) -> Arguments:
-    """A policy of another package: by a parameter of a name that tells."""
+    """Policies that thin, or of other packages: by a parameter whose name tells."""
     fields = {field.name for field in dataclasses.fields(create_policy(policy))}
     if "budget" in fields:
-        return {"budget": share}
+        of_length = {"length": length} if "length" in fields else {}
+        return {"budget": share, **of_length}
     if "capacity" in fields:
         return {"capacity": whole(share * length)}
     raise UserError(
@@ -359,4 +364,7 @@ def _kept_share(policy: Policy, model: ModelShape, length: int) -> float:
 
 
 def _kept(head: HeadBudget, length: int) -> int:
-    return length if head.recent is None else min(head.sinks + head.recent, length)
+    if head.recent is None:
+        return length
+    held = min(head.sinks + head.recent, length)
+    return held + (length - held) * head.keep // max(head.group, 1)

@@ -42,7 +42,11 @@ THINNING = Capabilities(
     prefill="streaming",
     position_only=False,
     scores_tokens=True,
+    prefix_cacheable=True,
 )
+
+
+_PAGE = 32
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,9 @@ class ThinningPolicy(StreamingPolicy):
         "without it, the one that ships for the model, else all heads keep as much",
     )
 
-    @property
-    def floor(self) -> float:
-        """Tokens that every head holds, however few of its history: the sinks, the
-        window and, on average, half a group that is not yet complete."""
-        return self.sinks + self.recent + self.group / 2
+    def groups(self, length: int) -> int:
+        """Count the groups that have left the window after ``length`` tokens."""
+        return max(length - self.sinks - self.recent, 0) // self.group
 
     def files(self, model_name: str) -> dict[str, Path]:
         path = history_path(self.profile, model_name)
@@ -126,17 +128,24 @@ class ThinningPolicy(StreamingPolicy):
 
     def _keeps(self, model: ModelShape, length: int) -> Keeps:
         """Tokens of each group that every head keeps for a request of ``length``."""
-        floor = min(self.floor, length)
+        groups, heads = self.groups(length), model.num_layers * model.num_kv_heads
+        # However few tokens of its history a head keeps.
+        floor = length - groups * self.group
         if self.budget * length < floor:
             least = math.ceil(floor / length * 1000) / 1000
             raise UserError(
-                f"--policy-arg budget={self.budget}: sinks, window and half a group "
-                f"take {least:.1%} of {length} tokens; give at least {least}, or a "
+                f"--policy-arg budget={self.budget}: what no head has let go of yet "
+                f"takes {least:.1%} of {length} tokens; give at least {least}, or a "
                 "smaller recent or group"
             )
-        heads = model.num_layers * model.num_kv_heads
-        history = (self.budget * length - floor) / max(length - floor, 1e-9)
-        total = math.floor(min(history, 1) * self.group * heads + 1e-6)
+        # The last page of a head's history is half empty, on average; at a length at
+        # which a group leaves it is held once more, with what stays of the group.
+        leaves = (length + _PAGE - self.sinks - self.recent) % self.group == 0
+        history = max(self.budget * length - floor - _PAGE / 2 * (1 + leaves), 0)
+        of_group = min(history / max(groups + leaves, 1), self.group)
+        if self.budget == 1:
+            of_group = self.group
+        total = math.floor(of_group * heads + 1e-6)
         shares = load_shares(self.profile, model) or even_shares(model)
         return keeps_within(shares, self.group, total)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kvserve.errors import UserError
 from kvserve.plan.page_plan import PagePlan
@@ -25,10 +26,12 @@ from policies.base import (
     Prompt,
     StreamingPolicy,
 )
+from policies.expected_attention import QUERIES_FORMAT
 from policies.full import Full
 from policies.registry import available_policies, create_policy, parse_arguments
 from policies.retrieval import Retrieval
 from policies.sink_recent import SinkRecent
+from tests.unit.policies.test_kvzap import write as write_weights
 
 MODEL = ModelShape("toy", num_layers=2, num_query_heads=6, num_kv_heads=3, head_size=8)
 POLICIES = sorted({*available_policies().values()}, key=lambda cls: cls.name)
@@ -63,7 +66,22 @@ def required(profile: str, tmp_path: Path) -> dict[str, dict[str, Any]]:
         "retrieval": {"profile": profile},
         "moa": {"plan": str(plan)},
         "sharded": {"insist": True},
+        "kvzap": {"weights": write_weights(tmp_path / "kvzap.safetensors")},
+        "expected-attention": {"queries": _queries(tmp_path / "queries.safetensors")},
     }
+
+
+def _queries(path: Path) -> str:
+    """How queries of the toy model are distributed."""
+    tensors = {"frequencies": torch.ones(4)}
+    for layer in range(MODEL.num_layers):
+        heads, size = MODEL.num_query_heads, MODEL.head_size
+        tensors[f"{layer}.mean"] = torch.zeros(heads, size)
+        tensors[f"{layer}.covariance"] = torch.zeros(heads, size, size)
+    shape = "num_layers", "num_query_heads", "num_kv_heads", "head_size"
+    about = {key: str(getattr(MODEL, key)) for key in shape}
+    save_file(tensors, path, {"format": QUERIES_FORMAT, **about})
+    return str(path)
 
 
 def refusal(name: str, arguments: dict[str, Any] | None = None) -> str:
@@ -138,7 +156,8 @@ def test_a_policy_carries_its_paper_and_capabilities(cls: type[Policy]) -> None:
     assert cls.capabilities.prefill in ("streaming", "dense")
     assert (cls.capabilities.prefill == "dense") == issubclass(cls, DensePolicy)
     # Pages of a prefix may be shared where the text behind it changes nothing.
-    assert cls.capabilities.prefix_cacheable == cls.capabilities.position_only
+    streams = cls.capabilities.prefill == "streaming"
+    assert cls.capabilities.prefix_cacheable == streams
     if cls.capabilities.position_only:
         assert not cls.capabilities.scores_tokens
         assert cls.capabilities.chunk_invariant
