@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.engine.conftest import Model
@@ -21,6 +22,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "retrieval": {"sinks": 32, "recent": 96, "full_ratio": 0.34},
     "moa": {},
     "sharded": {"local_blocks": 2, "stride": 4, "step": 1},
+    "keydiff": {"budget": 0.6, "recent": 64, "group": 64, "length": 448},
 }
 LONGEST = 448
 SETTINGS: dict[str, list[tuple[int, int]]] = {
@@ -52,7 +54,9 @@ class AuditedEngine:
 
         def watched(*args: Any) -> Any:
             step = build(*args)
-            self._written = {slot // PAGE for slot in step.slots.ravel().tolist()}
+            slots = [step.slots.ravel()]
+            slots += [t for one in engine.builder.tables.leaving for t in one.targets]
+            self._written = {slot // PAGE for slot in np.concatenate(slots).tolist()}
             return step
 
         rows.build = watched
@@ -135,7 +139,14 @@ def run_scenario(
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        *(("tiny-gqa", policy) for policy in POLICIES),
+        *(
+            pytest.param(
+                "tiny-gqa",
+                policy,
+                marks=pytest.mark.slow if policy in ("sharded", "moa") else (),
+            )
+            for policy in POLICIES
+        ),
         *((name, "retrieval") for name in ("tiny-window", "tiny-chunk")),
     ],
 )

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.engine
     [
         (["--policy", "nope"], "--policy nope: unknown"),
         (["-O2"], "PyTorch is to compile the model, and there is no C++ compiler"),
-        (["--policy", "none"], "PyTorch is to compile the model, and there is no C++"),
+        pytest.param(
+            ["--policy", "none"],
+            "PyTorch is to compile the model, and there is no C++",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_reason_is_one_line_and_the_last(flags: list[str], said: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from policies.base import FULL
 from tests.reference.dense_policies import Reference, of_group
 from tests.reference.masked_model import MaskedLlama
+from tests.reference.thinning import Judge
 
 
 class DenseLlama(MaskedLlama):
@@ -39,11 +40,17 @@ class DenseLlama(MaskedLlama):
         return self.logits(tokens, layers, 0, prompt - 1), held
 
     def _attention(
-        self, hidden: Tensor, name: str, budgets: Any, page_size: int, layer: int
+        self,
+        hidden: Tensor,
+        name: str,
+        budgets: Any,
+        page_size: int,
+        layer: int,
+        judge: Judge | None = None,
     ) -> Tensor:
         if self.shape.local[layer] is not None:
             full = [FULL] * self.shape.num_kv_heads
-            return super()._attention(hidden, name, full, page_size, layer)
+            return super()._attention(hidden, name, full, page_size, layer, judge)
         policy, prompt, held = budgets
         shape, tokens = self.shape, len(hidden)
         query, key, value = (

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     ("method", "target", "deaf"),
     [
         ("fork", "run_engine_core", True),
-        ("spawn", "run_engine_core", False),
+        pytest.param("spawn", "run_engine_core", False, marks=pytest.mark.slow),
         ("spawn", "run_api_server", True),
     ],
 )
