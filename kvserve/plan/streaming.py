@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from kvserve.errors import UserError
+from kvserve.plan.blocks import NOT_THINNED
 from kvserve.plan.layout import layout_of
 from kvserve.plan.page_plan import PagePlan
 from policies.base import HeadBudget, ModelShape, StreamingPolicy
@@ -213,8 +214,17 @@ def describe(plan: PagePlan) -> str:
     parts += [f"{count} {kind}" for kind, count in sorted(seen.items())]
     return (
         f"of {sum(heads)} KV heads {'; '.join(parts)} "
-        f"(pages of {plan.page_size} tokens)"
+        f"(pages of {plan.page_size} tokens{_describe_history(plan)})"
     )
+
+
+def _describe_history(plan: PagePlan) -> str:
+    """Say what is left between sinks and window of heads that are thinned."""
+    keeps = sorted({kept for row in plan.keep for kept in row} - {NOT_THINNED})
+    if not keeps:
+        return ""
+    few = f"{keeps[0]} to {keeps[-1]}" if len(keeps) > 1 else f"{keeps[0]}"
+    return f"; of each {plan.group * plan.page_size} between, heads keep {few}"
 
 
 def _describe_lane(plan: PagePlan, sinks: int, window: int, shards: int) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvserve.errors import UserError
 from kvserve.plan.blocks import blocks_of
 from kvserve.plan.page_plan import PagePlan
+from kvserve.plan.streaming import describe
 from policies.base import FULL, HeadBudget
 from tests.reference.visibility import (
     groups_in_front,
@@ -158,6 +159,15 @@ def test_a_short_request_is_not_thinned() -> None:
     head = HeadBudget(32, 64, group=64, keep=16)
     assert PagePlan.from_budgets(((head,),), 32, 96).group == 0
     assert PagePlan.from_budgets(((head,),), 32, 97).group == 2
+
+
+def test_what_heads_keep_between_sinks_and_window_is_said() -> None:
+    heads = tuple(HeadBudget(32, 64, group=64, keep=keep) for keep in (0, 16))
+    said = describe(PagePlan.from_budgets((heads,), 32))
+    assert said.startswith("of 2 KV heads 2 keep 32 sinks + 64 recent tokens ")
+    assert said.endswith("; of each 64 between, heads keep 0 to 16)")
+    full = PagePlan.from_budgets(((FULL,),), 32)
+    assert "between" not in describe(full)
 
 
 def test_groups_have_whole_pages() -> None:
