@@ -116,13 +116,12 @@ class ThinningPolicy(StreamingPolicy):
         keeps = [head.keep for layer in layers for head in layer]
         if load_shares(self.profile, model):
             return (
-                f"of each {self.group} tokens that leave the window heads keep "
-                f"{min(keeps)} to {max(keeps)}, on average "
-                f"{sum(keeps) / len(keeps):.1f}"
+                f"keeps {min(keeps)} to {max(keeps)} of each {self.group} tokens that "
+                f"leave a head's window, on average {sum(keeps) / len(keeps):.1f}"
             )
         return (
-            f"of each {self.group} tokens that leave the window every head keeps "
-            f"{keeps[0]}, for it is not known which heads of {model.name} need more: "
+            f"keeps {keeps[0]} of each {self.group} tokens that leave a head's window, "
+            f"of all heads alike, for it is not known which of {model.name} need more: "
             "`kvserve profile scorer MODEL` finds out"
         )
 

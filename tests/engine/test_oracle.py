@@ -55,7 +55,7 @@ CASES = [
     pytest.param(name, policy, values, id=f"{name}-{', '.join([policy, *values])}")
     for name, policies in (
         ("tiny-mqa", POLICIES[:2]),
-        ("tiny-window", [("full", {}), *POLICIES[1:3], POLICIES[4]]),
+        ("tiny-window", [("full", {}), *POLICIES[1:3], POLICIES[4], POLICIES[-1]]),
     )
     for policy, values in policies
 ]
