@@ -23,6 +23,7 @@ from policies.base import Policy
 from policies.budgets import PolicySpec, split_policy
 from policies.files import follows_files
 from policies.registry import available_policies, create_policy, parse_arguments
+from policies.thinning import ThinningPolicy
 
 _LONGEST_TEXT = 200
 _NUMBERS = {int, float, bool, NoneType}
@@ -102,7 +103,8 @@ def _parse(text: str) -> PolicySpec:
     name, pairs = split_policy(text)
     known = available_policies()
     if name not in known:
-        raise UserError(f"{name!r}: is no policy; name one of {', '.join(known)}")
+        names = [n for n, of in known.items() if not issubclass(of, ThinningPolicy)]
+        raise UserError(f"{name!r}: is no policy; name one of {', '.join(names)}")
     cls = known[name]
     hints = _hints(cls)
     for key in parse_arguments(pairs):

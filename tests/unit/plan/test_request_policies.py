@@ -93,7 +93,7 @@ def test_what_a_request_cannot_set_is_the_servers(tmp_path: Path) -> None:
         (None, "expected a text NAME"),
         (["full"], "expected a text NAME"),
         (0.25, "expected a text NAME"),
-        ("nothing", "'nothing': is no policy; name one of .*, full,"),
+        ("nothing", "'nothing': is no policy; name one of full"),
         ("none", "is no policy"),
         ("Full", "is no policy"),
         ("mine.toml", "is no policy"),
