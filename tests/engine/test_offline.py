@@ -128,9 +128,9 @@ def test_a_server_asks_nobody(policy: str, offline: Offline) -> None:
         pytest.param("serve --policy none", marks=pytest.mark.slow),
         pytest.param("plan --kv-memory 128MiB", marks=pytest.mark.slow),
         pytest.param("bench", marks=pytest.mark.slow),
-        "eval",
+        pytest.param("eval", marks=pytest.mark.slow),
         "profile retrieval",
-        "profile moa",
+        pytest.param("profile moa", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_that_cannot_be_had_is_refused_in_one_line(

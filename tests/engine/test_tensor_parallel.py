@@ -101,7 +101,7 @@ def _slow(policies: Iterable[str], fast: tuple[str, ...] = ()) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("policy", _slow(POLICIES, fast=("retrieval", "h2o")))
+@pytest.mark.parametrize("policy", _slow(POLICIES, fast=("h2o",)))
 def test_two_ranks_say_token_by_token_what_one_rank_says(
     engines: EngineSlot, shared: dict[str, Model], policy: str
 ) -> None:
