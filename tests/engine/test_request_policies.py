@@ -132,7 +132,15 @@ def test_preempting_everybody_at_once_changes_nothing(
     )
 
 
-@pytest.mark.parametrize("server", ["full", "moa", "sharded", "h2o"])
+@pytest.mark.parametrize(
+    "server",
+    [
+        "full",
+        pytest.param("moa", marks=pytest.mark.slow),
+        pytest.param("sharded", marks=pytest.mark.slow),
+        "h2o",
+    ],
+)
 def test_servers_of_other_policies_mix_them_too(
     engines: EngineSlot,
     model: Model,
