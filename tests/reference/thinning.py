@@ -58,7 +58,8 @@ def best(scores: Sequence[float], keep: int) -> list[int]:
     rounded = []
     for score in scores:
         mantissa, exponent = math.frexp(score)
-        rounded.append(math.ldexp(round(mantissa * 2**13), exponent))
+        size = math.floor(abs(mantissa) * 2**13 + 0.5)  # a half goes away from 0
+        rounded.append(math.copysign(math.ldexp(size, exponent), score))
     order = sorted(range(len(scores)), key=lambda i: (rounded[i], i), reverse=True)
     return sorted(order[:keep])
 

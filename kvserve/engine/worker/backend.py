@@ -180,6 +180,7 @@ class HeadPagedMetadataBuilder(AttentionMetadataBuilder[HeadPagedMetadata]):
         assert isinstance(rule.policy, ThinningPolicy)
         on_device = self.kernels, self.staging, self.clock
         self._thinner = Thinner(rule.policy, rule.model, rotations, *on_device)
+        self._thinner.try_policy(rule.policy.group, self.device)
 
     def settle(self) -> None:
         """Move what survives of prompts that were read in this step."""

@@ -19,6 +19,7 @@ from kvserve.engine.clock import Clock
 from kvserve.engine.devices.device import Device
 from kvserve.engine.devices.staging import Staging
 from kvserve.engine.worker.rotation import Rotation
+from kvserve.errors import UserError
 from policies.base import ModelShape
 from policies.thinning import Groups, ThinningPolicy
 
@@ -63,6 +64,37 @@ class Thinner:
         self._staging, self._clock = staging, clock
         chosen = self._model.chosen or range(self._model.num_layers)
         self._own = {layer: own for own, layer in enumerate(chosen)}
+
+    def try_policy(self, group: int, device: torch.device) -> None:
+        """Let the policy judge a group of each layer, of zeros, before any request.
+
+        What is wrong with a scorer's file shows now, and the file is read.
+
+        Args:
+            group: tokens of a group.
+
+        Raises:
+            UserError: it cannot judge the tokens of this model.
+        """
+        model, name = self._model, self._policy.name
+        shape = 1, model.num_kv_heads, group
+        zeros = torch.zeros(*shape, model.head_size, device=device)
+        groups = Groups(zeros, zeros, torch.arange(group, device=device)[None])
+        for layer in range(model.num_layers):
+            try:
+                scores = self._policy.scores(model, layer, groups)
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else repr(error)
+                raise UserError(
+                    f"--policy {name}: cannot judge tokens of layer {layer} of "
+                    f"{model.name} ({reason}); measure the model anew with `kvserve "
+                    "profile scorer MODEL`, or choose another policy"
+                ) from error
+            if scores.shape != shape or scores.dtype != torch.float32:
+                raise UserError(
+                    f"--policy {name}: scores of layer {layer} are {scores.dtype} of "
+                    f"shape {tuple(scores.shape)}, not float32 of {shape}"
+                )
 
     def begin(self, leaving: Iterable[Leaving]) -> ThinningStep | None:
         """Look at what leaves in a step; ``None`` if nothing does."""
