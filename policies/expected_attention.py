@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from policies.base import Capabilities, HeadBudget, ModelShape, parameter
+from policies.base import Capabilities, ModelShape, parameter
 from policies.files import follows_files
-from policies.tensor_files import TensorFile, shipped_or
-from policies.thinning import THINNING, Groups, ThinningPolicy
+from policies.tensor_files import MeasuredPolicy, TensorFile, shipped_or
+from policies.thinning import THINNING, Groups
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +33,7 @@ the same for all layers; dimensions from ``2 r`` on do not turn."""
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(ThinningPolicy):
+class ExpectedAttention(MeasuredPolicy):
     """Of what leaves the window, what queries to come should look at most stays."""
 
     name: ClassVar[str] = "expected-attention"
@@ -49,22 +48,6 @@ class ExpectedAttention(ThinningPolicy):
     horizon: int = parameter(
         512, "positions behind a group over which queries are averaged", minimum=1
     )
-
-    def files(self, model_name: str) -> dict[str, Path]:
-        file = self._file(model_name)
-        found = {"queries": file.path} if file.path.is_file() else {}
-        return {**super().files(model_name), **found}
-
-    def budgets(
-        self, model: ModelShape, tokens: int
-    ) -> tuple[tuple[HeadBudget, ...], ...]:
-        """As those of all that thin.
-
-        Raises:
-            UserError: besides, there is no such file, or it is of another model.
-        """
-        self._file(model.name).check(model)
-        return super().budgets(model, tokens)
 
     def scores(self, model: ModelShape, layer: int, groups: Groups) -> Tensor:
         import torch

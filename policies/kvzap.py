@@ -16,13 +16,12 @@ what :mod:`policies.keydiff` says are added, each by its spread in the group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from policies.base import HeadBudget, ModelShape, parameter
+from policies.base import ModelShape, parameter
 from policies.keydiff import unlikeness
-from policies.tensor_files import TensorFile, shipped_or
-from policies.thinning import THINNING, Groups, ThinningPolicy
+from policies.tensor_files import MeasuredPolicy, TensorFile, shipped_or
+from policies.thinning import THINNING, Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +35,7 @@ Network = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class KVzap(ThinningPolicy):
+class KVzap(MeasuredPolicy):
     """Of what leaves the window, what a trained network expects to be needed stays."""
 
     name: ClassVar[str] = "kvzap"
@@ -48,22 +47,6 @@ class KVzap(ThinningPolicy):
         "file of `kvserve profile scorer`; without it, the one that ships for the "
         "model",
     )
-
-    def files(self, model_name: str) -> dict[str, Path]:
-        file = self._file(model_name)
-        found = {"weights": file.path} if file.path.is_file() else {}
-        return {**super().files(model_name), **found}
-
-    def budgets(
-        self, model: ModelShape, tokens: int
-    ) -> tuple[tuple[HeadBudget, ...], ...]:
-        """As those of all that thin.
-
-        Raises:
-            UserError: besides, there are no weights, or they are of another model.
-        """
-        self._file(model.name).check(model)
-        return super().budgets(model, tokens)
 
     def scores(self, model: ModelShape, layer: int, groups: Groups) -> Tensor:
         network = self._file(model.name).layer(model, layer, groups.keys.device)

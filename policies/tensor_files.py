@@ -9,14 +9,16 @@ called by the layer's number and a part's name, ``3.mean``.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvserve.errors import UserError
-from policies.base import ModelShape
+from policies.base import HeadBudget, ModelShape
 from policies.files import follows_files, read_bytes
+from policies.thinning import ThinningPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +95,31 @@ class TensorFile:
         """
         own = model.chosen[layer] if model.chosen else layer
         return _layer(self.path, own, device)
+
+
+@dataclass(frozen=True)
+class MeasuredPolicy(ThinningPolicy):
+    """A policy that thins by what a file of tensors says."""
+
+    @abstractmethod
+    def _file(self, model_name: str) -> TensorFile:
+        """The file, for a model of this name."""
+
+    def files(self, model_name: str) -> dict[str, Path]:
+        file = self._file(model_name)
+        found = {file.parameter: file.path} if file.path.is_file() else {}
+        return {**super().files(model_name), **found}
+
+    def budgets(
+        self, model: ModelShape, tokens: int
+    ) -> tuple[tuple[HeadBudget, ...], ...]:
+        """As those of all that thin.
+
+        Raises:
+            UserError: besides, there is no such file, or it is of another model.
+        """
+        self._file(model.name).check(model)
+        return super().budgets(model, tokens)
 
 
 def shipped_or(named: str | None, model_name: str, file_name: str) -> Path:

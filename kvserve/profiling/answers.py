@@ -33,3 +33,18 @@ def answer_log_probs(
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return the mean KL divergence from ``dense`` over answer tokens, in nats."""
     return functional.kl_div(other, dense, reduction="batchmean", log_target=True)
+
+
+def pass_back_from_reply(model: Any, recital: Recital, seed: int) -> None:
+    """Run backward from the loss of answers that the model itself has drawn.
+
+    Args:
+        seed: draws the tokens that take the answers' places.
+    """
+    tokens = torch.tensor([recital.token_ids], device=model.device)
+    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    log_probs = answer_log_probs(model, recital, inputs)
+    generator = torch.Generator().manual_seed(seed)
+    reply = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
+    loss = -log_probs.gather(1, reply.to(model.device)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kvserve.errors import UserError
@@ -32,6 +33,40 @@ def install_attention(
     model.set_attn_implementation(name)
     if model.config.get_text_config()._attn_implementation != name:
         raise _cannot_measure("computes its attention by itself")
+
+
+def remember_one_layer(model: Any) -> None:
+    """Prepare for a backward pass that has the tensors of one layer at a time.
+
+    Layers are computed anew when the backward pass reaches them; the models' own switch
+    for it works in training mode only, where dropout must not.
+    """
+    model.requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend; shapes ``[H_q, n, d]`` and ``[H_kv, n, d]``."""
+    group = len(query) // len(key)
+    return functional.scaled_dot_product_attention(
+        query[None],
+        key.repeat_interleave(group, 0)[None],
+        value.repeat_interleave(group, 0)[None],
+        is_causal=True,
+        scale=scale,
+    )[0]
+
+
+def causal_weights(query: Tensor, keys: Tensor, first: int) -> Tensor:
+    """Causal attention probabilities of scaled queries from ``first`` on."""
+    scores = query @ keys.T
+    own = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device)
+    scores[:, first:].masked_fill_(own.triu(1), float("-inf"))
+    return scores.softmax(-1)
 
 
 def _cannot_measure(why: str) -> UserError:

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvserve.profiling.answers import answer_log_probs
-from kvserve.profiling.attention_hook import PlainAttention
+from kvserve.profiling.answers import pass_back_from_reply
+from kvserve.profiling.attention_hook import (
+    PlainAttention,
+    causal_attention,
+    causal_weights,
+    remember_one_layer,
+)
 from kvserve.profiling.recital import Recital
 from policies.thinning import Groups
 
@@ -54,12 +59,7 @@ class HistoryProbe(PlainAttention):
     def attach(self, model: Any) -> None:
         """Make ``model`` compute its attention here, and remember one layer at most."""
         super().attach(model)
-        model.requires_grad_(False)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
+        remember_one_layer(model)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -109,14 +109,7 @@ class _ProbedAttention(torch.autograd.Function):
         rungs: Tensor,
     ) -> Tensor:
         """Attend; shapes ``[H_q, n, d]`` and ``[H_kv, n, d]``."""
-        group = len(query) // len(key)
-        output = functional.scaled_dot_product_attention(
-            query[None],
-            key.repeat_interleave(group, 0)[None],
-            value.repeat_interleave(group, 0)[None],
-            is_causal=True,
-            scale=scale,
-        )[0]
+        output = causal_attention(query, key, value, scale)
         ctx.save_for_backward(query, key, value, output, rungs)
         ctx.scale, ctx.probe, ctx.layer = scale, probe, layer
         return output
@@ -137,7 +130,7 @@ class _ProbedAttention(torch.autograd.Function):
                 seen = slice(0, rows.stop)
                 keys, values = key[kv_head, seen], value[kv_head, seen]
                 above = offset[head, rows]
-                weights = _weights(query[head, rows] * ctx.scale, keys, first)
+                weights = causal_weights(query[head, rows] * ctx.scale, keys, first)
                 slopes = grad[head, rows] @ values.T
                 kept = rungs[kv_head, seen]
                 changes[kv_head] += thinned(weights, slopes, above, kept, first).sum(0)
@@ -147,14 +140,6 @@ class _ProbedAttention(torch.autograd.Function):
                 grad_key[kv_head, seen] += grad_scores.T @ query[head, rows]
         ctx.probe.changes[ctx.layer] = changes.cpu()
         return grad_query, grad_key, grad_value, None, None, None, None
-
-
-def _weights(query: Tensor, keys: Tensor, first: int) -> Tensor:
-    """Causal attention probabilities of scaled queries from ``first`` on."""
-    scores = query @ keys.T
-    own = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device)
-    scores[:, first:].masked_fill_(own.triu(1), float("-inf"))
-    return scores.softmax(-1)
 
 
 def thinned(
@@ -195,12 +180,6 @@ def measure_history(
         seed: Draws the tokens that take the answers' places in the loss.
     """
     probe.changes.clear()
-    tokens = torch.tensor([recital.token_ids], device=model.device)
-    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    log_probs = answer_log_probs(model, recital, inputs)
-    generator = torch.Generator().manual_seed(seed)
-    reply = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
-    loss = -log_probs.gather(1, reply.to(model.device)).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    pass_back_from_reply(model, recital, seed)
     changes = torch.stack([probe.changes[layer] for layer in sorted(probe.changes)])
     return changes.square() / 2 / len(recital.answers)

@@ -32,10 +32,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from kvserve.profiling.answers import answer_log_probs
-from kvserve.profiling.attention_hook import PromptAttention
+from kvserve.profiling.answers import pass_back_from_reply
+from kvserve.profiling.attention_hook import (
+    PromptAttention,
+    causal_attention,
+    causal_weights,
+    remember_one_layer,
+)
 from kvserve.profiling.recital import Recital
 
 BLOCK = 64
@@ -119,18 +123,9 @@ class InfluenceProbe(PromptAttention):
         self.changes = hidden_jointly if measure == "joint" else hidden_entries
 
     def attach(self, model: Any) -> None:
-        """Make ``model`` compute its attention here, and remember one layer at most.
-
-        Layers are computed anew when the backward pass reaches them; the models'
-        own switch for it works in training mode only, where dropout must not.
-        """
+        """Make ``model`` compute its attention here, and remember one layer at most."""
         super().attach(model)
-        model.requires_grad_(False)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
+        remember_one_layer(model)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -158,14 +153,7 @@ class _ProbedAttention(torch.autograd.Function):
         layer: int,
     ) -> Tensor:
         """Attend; shapes ``[H_q, n, d]`` and ``[H_kv, n, d]``."""
-        group = len(query) // len(key)
-        output = functional.scaled_dot_product_attention(
-            query[None],
-            key.repeat_interleave(group, 0)[None],
-            value.repeat_interleave(group, 0)[None],
-            is_causal=True,
-            scale=scale,
-        )[0]
+        output = causal_attention(query, key, value, scale)
         ctx.save_for_backward(query, key, value, output)
         ctx.scale, ctx.probe, ctx.layer = scale, probe, layer
         return output
@@ -185,7 +173,7 @@ class _ProbedAttention(torch.autograd.Function):
                 rows = slice(first, first + _ROWS)
                 keys, values = key[kv_head, : rows.stop], value[kv_head, : rows.stop]
                 above = offset[head, rows]
-                weights = _weights(query[head, rows] * ctx.scale, keys, first)
+                weights = causal_weights(query[head, rows] * ctx.scale, keys, first)
                 slopes = grad[head, rows] @ values.T
                 changes = ctx.probe.changes(weights, slopes, above)
                 add_diagonals(curves[kv_head], changes.cpu(), first // BLOCK)
@@ -195,14 +183,6 @@ class _ProbedAttention(torch.autograd.Function):
                 grad_key[kv_head, : rows.stop] += grad_scores.T @ query[head, rows]
         ctx.probe.curves[ctx.layer] = curves
         return grad_query, grad_key, grad_value, None, None, None
-
-
-def _weights(query: Tensor, keys: Tensor, first: int) -> Tensor:
-    """Causal attention probabilities of scaled queries from ``first`` on."""
-    scores = query @ keys.T
-    own = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device)
-    scores[:, first:].masked_fill_(own.triu(1), float("-inf"))
-    return scores.softmax(-1)
 
 
 def measure_influence(
@@ -219,13 +199,7 @@ def measure_influence(
         seed: Draws the tokens that take the answers' places in the loss.
     """
     probe.curves.clear()
-    tokens = torch.tensor([recital.token_ids], device=model.device)
-    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    log_probs = answer_log_probs(model, recital, inputs)
-    generator = torch.Generator().manual_seed(seed)
-    reply = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
-    loss = -log_probs.gather(1, reply.to(model.device)).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    pass_back_from_reply(model, recital, seed)
     curves = torch.stack([probe.curves[layer] for layer in sorted(probe.curves)])
     if probe.changes is hidden_jointly:
         curves = curves.square() / 2
