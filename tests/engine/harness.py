@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.engine import quick_start
+
 PAGE = 32
 MIB = 1 << 20
 
@@ -75,12 +77,13 @@ class Engine:
 
         # vLLM wants as much of a GPU to be free, whatever the pool: others are there.
         on_gpu = {"gpu_memory_utilization": 0.5} if has_gpu() else {}
-        self._llm = LLM(
-            str(model),
-            policy=policy,
-            policy_args=policy_args,
-            **{**_DEFAULTS, **on_gpu, **options},
-        )
+        with quick_start.starting():
+            self._llm = LLM(
+                str(model),
+                policy=policy,
+                policy_args=policy_args,
+                **{**_DEFAULTS, **on_gpu, **options},
+            )
         self._core = self._llm.llm_engine.engine_core.engine_core
         self._names = itertools.count()
         self.replies: dict[str, Reply] = defaultdict(Reply)
@@ -255,9 +258,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine, so that another one can start."""
-        del self._llm, self._core
-        gc.collect()
-        with contextlib.suppress(ImportError):
+        with quick_start.closing(), contextlib.suppress(ImportError):
+            del self._llm, self._core
+            gc.collect()
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
