@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from policies.base import Capabilities, ModelShape, parameter
-from policies.files import follows_files
-from policies.tensor_files import MeasuredPolicy, TensorFile, shipped_or
+from policies.files import follows_files, shipped_or
+from policies.tensor_files import MeasuredPolicy, TensorFile
 from policies.thinning import THINNING, Groups
 
 if TYPE_CHECKING:

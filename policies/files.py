@@ -8,11 +8,14 @@ that one of them counts another fills.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from kvserve.errors import UserError
+from policies.base import ModelShape
+
+_SHIPPED = Path(__file__).parent / "profiles"
 
 
 class _Cached(Protocol):
@@ -20,6 +23,7 @@ class _Cached(Protocol):
 
 
 Cached = TypeVar("Cached", bound=_Cached)
+Parsed = TypeVar("Parsed")
 _caches: list[_Cached] = []
 _content: dict[Path, bytes] = {}
 _expected: dict[str, str] = {}
@@ -50,6 +54,51 @@ def read_text(path: Path) -> str:
         UnicodeDecodeError: it is no text.
     """
     return read_bytes(path).decode()
+
+
+def shipped_or(named: str | None, model_name: str, file_name: str) -> Path:
+    """The file that is named, else where that of the model lies."""
+    return Path(named).expanduser() if named else _SHIPPED / model_name / file_name
+
+
+def read_measured(
+    parameter: str, path: Path, parse: Callable[[str], Parsed], expected: str
+) -> Parsed:
+    """Return what ``parse`` makes of a file that a parameter of a policy names.
+
+    Args:
+        expected: what the file should be, for messages.
+
+    Raises:
+        UserError: it cannot be read, or ``parse`` raised what one does on bad data.
+    """
+    where = f"--policy-arg {parameter}={path}"
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    try:
+        return parse(text)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{where}: malformed ({error}); expected {expected}") from None
+
+
+def refuse_model(parameter: str, path: Path, found: str, model: ModelShape) -> NoReturn:
+    """Say that a file was measured on a model other than ``model``.
+
+    Args:
+        found: the shape that the file has.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"--policy-arg {parameter}={path}: is of another model: {found}, but "
+        f"{model.name} has {model.all_layers or model.num_layers} layers, "
+        f"{model.num_query_heads} query heads and {model.num_kv_heads} KV heads"
+    )
 
 
 def digests() -> dict[str, str]:

@@ -5,31 +5,27 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvserve.errors import UserError
 from policies.base import ModelShape
-from policies.files import read_text
+from policies.files import read_measured, refuse_model, shipped_or
 
 PROFILE_FORMAT = "kvserve-retrieval/1"
-_SHIPPED = Path(__file__).parent / "profiles"
 
 Scores = list[list[float]]
 
 
 def has_shipped_profile(model_name: str) -> bool:
     """Tell whether a profile ships for the model of this base name."""
-    return _shipped_path(model_name).exists()
+    return scores_path(None, model_name).exists()
 
 
 def scores_path(profile: str | None, model_name: str) -> Path:
     """The file of head scores that ``profile`` names, else that which ships."""
-    return Path(profile).expanduser() if profile else _shipped_path(model_name)
-
-
-def _shipped_path(model_name: str) -> Path:
-    return _SHIPPED / model_name / "retrieval.json"
+    return shipped_or(profile, model_name, "retrieval.json")
 
 
 def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
@@ -50,22 +46,9 @@ def load_head_scores(profile: str | None, model: ModelShape) -> Scores:
             f"`kvserve profile retrieval --fast MODEL` and pass "
             f"`--policy-arg profile=FILE`, or choose `--policy full`"
         )
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--policy-arg profile={path}: cannot be read ({error})"
-        ) from None
-    try:
-        scores = _parse(text, model, path)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"--policy-arg profile={path}: malformed ({error}); expected kvserve or "
-            "Retrieval_Head JSON, or DuoAttention TSV"
-        ) from None
-    scores = [*model.own(scores)]
+    formats = "kvserve or Retrieval_Head JSON, or DuoAttention TSV"
+    parse = partial(_parse, model=model, path=path)
+    scores = [*model.own(read_measured("profile", path, parse, formats))]
     _check(scores, model, path)
     return scores
 
@@ -106,7 +89,8 @@ def _from_query_heads(data: dict[str, Any], model: ModelShape, path: Path) -> Sc
         1 + max((head for _, head in pairs), default=-1),
     )
     if found != (layers, model.num_query_heads):
-        _refuse(path, model, f"{found[0]} layers x {found[1]} query heads")
+        shape = f"{found[0]} layers x {found[1]} query heads"
+        refuse_model("profile", path, shape, model)
     if len(pairs) < layers * model.num_query_heads:
         raise ValueError("it lacks some heads")
     for (layer, head), samples in zip(pairs, data.values(), strict=True):
@@ -128,13 +112,5 @@ def _check(scores: Scores, model: ModelShape, path: Path) -> None:
     widths = {len(row) for row in scores}
     if len(scores) != model.num_layers or widths != {model.num_kv_heads}:
         width = "/".join(map(str, sorted(widths))) or "no"
-        _refuse(path, model, f"{len(scores)} layers x {width} KV heads")
-
-
-def _refuse(path: Path, model: ModelShape, found: str) -> None:
-    raise UserError(
-        f"--policy-arg profile={path}: is of another model: {found}, but {model.name} "
-        f"has {model.all_layers or model.num_layers} layers, "
-        f"{model.num_query_heads} query heads and "
-        f"{model.num_kv_heads} KV heads"
-    )
+        shape = f"{len(scores)} layers x {width} KV heads"
+        refuse_model("profile", path, shape, model)

@@ -16,12 +16,10 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from kvserve.errors import UserError
 from policies.base import ModelShape
-from policies.files import follows_files, read_text
+from policies.files import follows_files, read_measured, refuse_model, shipped_or
 
 HISTORY_FORMAT = "kvserve-history/1"
-_SHIPPED = Path(__file__).parent / "profiles"
 _HALVINGS = 40
 
 Shares = tuple[tuple[tuple[float, ...], ...], ...]
@@ -33,8 +31,7 @@ Keeps = tuple[tuple[int, ...], ...]
 
 def history_path(profile: str | None, model_name: str) -> Path:
     """The file that ``profile`` names, else where that of the model lies."""
-    shipped = _SHIPPED / model_name / "history.json"
-    return Path(profile).expanduser() if profile else shipped
+    return shipped_or(profile, model_name, "history.json")
 
 
 def load_shares(profile: str | None, model: ModelShape) -> Shares | None:
@@ -46,19 +43,8 @@ def load_shares(profile: str | None, model: ModelShape) -> Shares | None:
     path = history_path(profile, model.name)
     if not profile and not path.exists():
         return None
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--policy-arg profile={path}: cannot be read ({error})"
-        ) from None
-    try:
-        levels = _parse(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--policy-arg profile={path}: malformed ({error}); expected what "
-            "`kvserve profile scorer MODEL` writes"
-        ) from None
+    writer = "what `kvserve profile scorer MODEL` writes"
+    levels = read_measured("profile", path, _parse, writer)
     levels = tuple(tuple(model.own(level)) for level in levels)
     _check(levels, model, path)
     nothing, everything = even_shares(model)
@@ -101,12 +87,8 @@ def _check(levels: Shares, model: ModelShape, path: Path) -> None:
     if found != {(model.num_layers, model.num_kv_heads)}:
         heads = "/".join(map(str, sorted({width for _, width in found}))) or "no"
         layers = "/".join(map(str, sorted({count for count, _ in found}))) or "no"
-        raise UserError(
-            f"--policy-arg profile={path}: is of another model: {layers} layers x "
-            f"{heads} KV heads, but {model.name} has "
-            f"{model.all_layers or model.num_layers} layers and {model.num_kv_heads} "
-            "KV heads"
-        )
+        shape = f"{layers} layers x {heads} KV heads"
+        refuse_model("profile", path, shape, model)
 
 
 def keeps_within(shares: Shares, group: int, total: int) -> Keeps:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from policies.base import ModelShape, parameter
+from policies.files import shipped_or
 from policies.keydiff import unlikeness
-from policies.tensor_files import MeasuredPolicy, TensorFile, shipped_or
+from policies.tensor_files import MeasuredPolicy, TensorFile
 from policies.thinning import THINNING, Groups
 
 if TYPE_CHECKING:

@@ -24,10 +24,9 @@ from policies.base import (
     StreamingPolicy,
     parameter,
 )
-from policies.files import read_text
+from policies.files import read_measured, refuse_model, shipped_or
 
 PLAN_FORMAT = "kvserve-moa/1"
-_SHIPPED = Path(__file__).parent / "profiles"
 _BLOCK = 64
 _SINKS = 64
 _LEAST = 128
@@ -123,24 +122,18 @@ class MoA(StreamingPolicy):
         if len(rules) != model.num_layers or not (
             widths == {model.num_query_heads} or widths == {model.num_kv_heads}
         ):
-            raise UserError(
-                f"--policy-arg plan={path}: is of another model: {len(rules)} layers "
-                f"x {'/'.join(map(str, sorted(widths))) or 'no'} heads, but "
-                f"{model.name} has {model.all_layers or model.num_layers} layers, "
-                f"{model.num_query_heads} query heads and {model.num_kv_heads} KV heads"
-            )
+            heads = "/".join(map(str, sorted(widths))) or "no"
+            refuse_model("plan", path, f"{len(rules)} layers x {heads} heads", model)
         return rules
 
     def _path(self, model_name: str) -> Path:
-        if self.plan is not None:
-            return Path(self.plan).expanduser()
-        shipped = _SHIPPED / model_name / "moa.json"
-        if not shipped.exists():
+        path = shipped_or(self.plan, model_name, "moa.json")
+        if self.plan is None and not path.exists():
             raise UserError(
                 f"--policy moa: no plan ships for {model_name}; pass "
                 "`--policy-arg plan=FILE` with JSON of alphas and betas"
             )
-        return shipped
+        return path
 
     def _choose(self, plans: Plans, path: Path) -> Rules:
         if None in plans:
@@ -173,17 +166,8 @@ def _head_budget(tokens: int, length: int) -> HeadBudget:
 
 
 def _read(path: Path) -> Plans:
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--policy-arg plan={path}: cannot be read ({error})") from None
-    try:
-        return _parse(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--policy-arg plan={path}: malformed ({error}); expected kvserve's plans, "
-            "or JSON of alphas and betas, a list for each layer"
-        ) from None
+    plans = "kvserve's plans, or JSON of alphas and betas, a list for each layer"
+    return read_measured("plan", path, _parse, plans)
 
 
 @lru_cache(maxsize=8)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_SHIPPED = Path(__file__).parent / "profiles"
 _SIZES = ("num_layers", "num_query_heads", "num_kv_heads", "head_size")
 
 
@@ -120,11 +119,6 @@ class MeasuredPolicy(ThinningPolicy):
         """
         self._file(model.name).check(model)
         return super().budgets(model, tokens)
-
-
-def shipped_or(named: str | None, model_name: str, file_name: str) -> Path:
-    """The file that is named, else where that of the model lies."""
-    return Path(named).expanduser() if named else _SHIPPED / model_name / file_name
 
 
 def _shown(sizes: tuple[int, ...]) -> str:
