@@ -48,6 +48,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny", max_tokens=2048)
 
 
+@pytest.fixture(scope="module")
+def measured(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the plans of a run without a cache are."""
+    out = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSERVE_CACHE", str(out / "cache"))
+        return profile_moa(model_dir, SMALL, out, progress=False)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every prompt whose influence is measured."""
@@ -63,7 +72,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def profile(model_dir: str, out: Path, settings: MoASettings = SMALL) -> dict[str, Any]:
-    path = profile_moa(model_dir, settings, out, progress=False)
+    return read(profile_moa(model_dir, settings, out, progress=False))
+
+
+def read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -108,15 +120,13 @@ def test_spans_of_everything_are_the_dense_model() -> None:
     assert divergence(dense, dense.roll(1, 0)) > 0.01
 
 
-def test_the_policy_serves_the_plans_within_their_budgets(
-    model_dir: str, tmp_path: Path
-) -> None:
-    found = profile(model_dir, tmp_path)
-    assert (tmp_path / "moa.png").stat().st_size > 5000
-    path = str(tmp_path / "moa.json")
+def test_the_policy_serves_the_plans_within_their_budgets(measured: Path) -> None:
+    found = read(measured)
+    assert measured.name == "moa.json"
+    assert measured.with_name("moa.png").stat().st_size > 5000
     shape = ModelShape("tiny", LAYERS, QUERY_HEADS, KV_HEADS, 8, max_tokens=2048)
     for plan in found["plans"]:
-        policy = MoA(plan=path, budget=plan["budget"])
+        policy = MoA(plan=str(measured), budget=plan["budget"])
         for tokens in (*SMALL.lengths, SMALL.validation_length):
             lanes = [lane for layer in policy.budgets(shape, tokens) for lane in layer]
             kept = [
@@ -130,10 +140,8 @@ def test_the_policy_serves_the_plans_within_their_budgets(
             assert len(set(zip(*layer, strict=True))) <= 2
 
 
-def test_the_plan_nearest_to_the_dense_model_is_chosen(
-    model_dir: str, tmp_path: Path
-) -> None:
-    found = profile(model_dir, tmp_path)
+def test_the_plan_nearest_to_the_dense_model_is_chosen(measured: Path) -> None:
+    found = read(measured)
     assert [plan["budget"] for plan in found["plans"]] == [0.5, 0.7]
     for plan in found["plans"]:
         others = [p for p in found["pareto"] if p["budget"] == plan["budget"]]
@@ -142,16 +150,11 @@ def test_the_plan_nearest_to_the_dense_model_is_chosen(
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
-    model_dir: str,
-    tmp_path: Path,
-    calls: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
+    model_dir: str, tmp_path: Path, calls: list[Any], measured: Path
 ) -> None:
-    uninterrupted = profile(model_dir, tmp_path / "a")
-    monkeypatch.setenv("KVSERVE_CACHE", str(tmp_path / "fresh"))
     with interrupted(span_search, "measure_influence", calls, after=3):
-        profile(model_dir, tmp_path / "b")
-    assert profile(model_dir, tmp_path / "b") == uninterrupted
+        profile(model_dir, tmp_path)
+    assert profile(model_dir, tmp_path) == read(measured)
     assert len(calls) == len(SMALL.lengths) * SMALL.items
 
 
