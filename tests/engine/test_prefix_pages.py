@@ -332,7 +332,7 @@ def test_every_query_of_any_load_reads_its_own_text(
     check_load(replace(plan, is_shared=True), rng)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(thinned_plans(max_layers=2), seeds())
 def test_packed_history_is_shared_like_everything_else(
     plan: PagePlan, rng: Random

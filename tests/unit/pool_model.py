@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
@@ -201,6 +202,7 @@ class PoolModel:
         }
 
 
-def kept_positions(layer: int, head: int, group: range, keep: int) -> list[int]:
+@lru_cache(1 << 16)
+def kept_positions(layer: int, head: int, group: range, keep: int) -> tuple[int, ...]:
     """What a policy keeps of a group: any choice, the same at all times."""
-    return sorted(Random(f"{layer} {head} {group.start}").sample(group, keep))
+    return tuple(sorted(Random(f"{layer} {head} {group.start}").sample(group, keep)))
