@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 32
 SHORTEST, LONGEST = 3, 4000
-OF_A_REAL_MODEL = 800
+OF_A_REAL_MODEL = 600
 """The longest prompt of a real model, where the time of 4000 tokens is not there."""
 MAX_TOKENS = 4096
 STEPS = 16
