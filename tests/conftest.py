@@ -26,9 +26,12 @@ for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 _LONGEST = (
-    *("test_identity", "test_request_policies", "test_tensor_parallel"),
-    *("test_dense_policies", "test_eval", "test_no_leak", "test_prefix_cache"),
-    *("test_triton_compiles", "test_oracle", "test_prefix_pages", "test_memory"),
+    *("test_identity", "test_request_policies", "test_dense_policies"),
+    *("test_prefix_cache", "test_oracle", "test_triton_compiles", "test_eval"),
+    *("test_quality", "test_isolation", "test_local_layers", "test_page_formats"),
+    *("test_prefix_pages", "test_tensor_parallel", "test_no_leak", "test_memory"),
+    # Of those that start servers, the load that another's numbers would suffer from.
+    *("test_triton_engine", "test_soak", "test_shutdown", "test_api_servers"),
 )
 
 
