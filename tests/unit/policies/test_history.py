@@ -129,6 +129,7 @@ def test_without_a_profile_all_heads_keep_as_much_and_the_server_says_so() -> No
         ({"format": "other/1"}, "malformed"),
         ({"shares": [[[0.1, 2.0, 0.1]] * 2]}, "malformed"),
         ({"shares": [[[0.1, None, 0.1]] * 2]}, "malformed"),
+        ({"shares": [[[0.1, 10**400, 0.1]] * 2]}, "malformed"),
         ({"shares": [[[0.1, "nan", 0.1]] * 2]}, "malformed"),
         ({"shares": SHARES[::-1]}, "malformed"),
         ({"shares": [[[0.1, 0.1, 0.1]]]}, "another model: 1 layers x 3 KV heads"),

@@ -81,6 +81,7 @@ def test_the_density_that_groups_cost_is_said(plan: str) -> None:
         ({"alphas": ALPHAS}, "malformed .'betas'"),
         ({"alphas": ALPHAS, "betas": BETAS[:1]}, "malformed"),
         ({"alphas": [["x"] * 4] * 2, "betas": BETAS}, "malformed"),
+        ({"alphas": [[10**400] * 4] * 2, "betas": BETAS}, "malformed"),
         ({"alphas": [[float("nan")] * 4] * 2, "betas": BETAS}, "malformed"),
         ({"alphas": ALPHAS[:1], "betas": BETAS[:1]}, "another model: 1 layers x 4"),
         ({"alphas": [[0] * 3] * 2, "betas": [[0] * 3] * 2}, "2 layers x 3 heads"),
