@@ -12,6 +12,12 @@ from typing import Any
 POLICY = "kv_policy"
 """A policy of the request's own, ``NAME[:KEY=VALUE,...]``."""
 
+PROTECT = "kv_protect"
+"""Tokens that eviction must spare: ``system``, or spans of positions."""
+
+LEVEL = "kvserve_level"
+"""Which budget of a range a request got; the scheduler writes it for the worker."""
+
 FORCED_TOKENS = "kvserve_forced_tokens"
 """Token ids that the reply begins with, as if the model had chosen them."""
 

@@ -2,9 +2,12 @@
 """One way to write a policy, ``NAME:key=value,...``, and a budget for each of them.
 
 ``NAME:budget=0.25`` keeps a quarter of the entries of a request, ``NAME:budget=512``
-as many as 512 tokens have in every head. Policies have parameters of their own for it;
-``RULES`` says which, and how they are set for a request of ``N`` tokens. Tokens are
-rounded down to whole pages, so that no policy gets more than its share.
+as many as 512 tokens have in every head. A server may have a range of them,
+``NAME:budget=50%..12.5%``, of which each request gets what there is room for.
+
+Policies have parameters of their own for it; ``RULES`` says which, and how they are set
+for a request of ``N`` tokens. Tokens are rounded down to whole pages, so that no policy
+gets more than its share.
 
 Every command, the Python API and a request's ``kv_policy`` read policies here. A
 server takes the longest request it serves for ``N``, ``kvserve eval`` the length it
@@ -33,6 +36,8 @@ from policies.registry import (
 PAGE = 32
 SINKS = 32
 LEAST = 64
+_LONG = 1 << 40
+"""Tokens of a request in which budgets in tokens are shares of different size."""
 Arguments = dict[str, Any]
 
 RULES = {
@@ -91,11 +96,40 @@ class Budget:
         assert self.tokens is not None
         return min(self.tokens / length, 1.0)
 
+    def scaled(self, part: float) -> Budget:
+        """A part of the budget."""
+        if self.share is not None:
+            return Budget(share=round(self.share * part, 4))
+        assert self.tokens is not None
+        return Budget(tokens=round(self.tokens * part))
+
+
+def _parse_range(text: str) -> tuple[Budget, Budget | None]:
+    """Read a budget, or a range ``50%..12.5%``: the largest and the least.
+
+    Raises:
+        UserError: it is neither.
+    """
+    ends = text.split("..")
+    if len(ends) > 2 or not all(ends):
+        raise _bad_budget(text)
+    largest, *least = map(Budget.parse, ends)
+    if not least:
+        return largest, None
+    if (largest.share is None) != (least[0].share is None):
+        raise UserError(f"--policy: budget={text}: give two shares, or tokens twice")
+    if not largest.share_of(_LONG) > least[0].share_of(_LONG):
+        raise UserError(
+            f"--policy: budget={text}: a range goes from the largest budget down to "
+            "the least, such as 50%..12.5%"
+        )
+    return largest, least[0]
+
 
 def _bad_budget(text: str) -> UserError:
     return UserError(
         f"--policy: budget={text}: give a share of the KV entries such as 0.25 or 25%, "
-        "or tokens such as 512"
+        "tokens such as 512, or for a server a range such as 50%..12.5%"
     )
 
 
@@ -107,7 +141,8 @@ class PolicySpec:
         text: as it was typed; names the policy in reports.
         name: the policy's name, also where a TOML file was typed.
         own: parameters given by their own names, which overrule the budget's.
-        budget: what ``budget=`` said.
+        budget: what ``budget=`` said; of a range, the largest.
+        least: of a range ``50%..12.5%``, the least.
         from_file: what the TOML file sets, which the budget's overrule.
     """
 
@@ -116,6 +151,7 @@ class PolicySpec:
     own: tuple[tuple[str, Any], ...] = ()
     budget: Budget | None = None
     from_file: tuple[tuple[str, Any], ...] = ()
+    least: Budget | None = None
 
     @classmethod
     def parse(
@@ -140,20 +176,47 @@ class PolicySpec:
         budget = from_file.pop("budget", None)
         budget = own.pop("budget", budget)
         create_policy(name, {**from_file, **own})
-        parsed = Budget.parse(str(budget)) if budget is not None else None
-        return cls(text, name, tuple(own.items()), parsed, tuple(from_file.items()))
+        ends = (None, None) if budget is None else _parse_range(str(budget))
+        given = tuple(own.items()), ends[0], tuple(from_file.items()), ends[1]
+        return cls(text, name, *given)
 
     @property
     def rule(self) -> str:
         """The name under which ``RULES`` lists the policy: not an alias."""
         return available_policies()[self.name].name
 
+    @property
+    def levels(self) -> tuple[PolicySpec, ...]:
+        """The policy with each budget of a range, the largest first.
+
+        Each is about 1.4 times the next, so that few requests keep what differs.
+        """
+        if self.budget is None or self.least is None:
+            return (self,)
+        ratio = self.least.share_of(_LONG) / self.budget.share_of(_LONG)
+        steps = max(round(-2 * math.log2(ratio)), 1)
+        parts = [ratio ** (step / steps) for step in range(steps)]
+        budgets = [*map(self.budget.scaled, parts), self.least]
+        return tuple(
+            dataclasses.replace(self, budget=budget, least=None) for budget in budgets
+        )
+
+    def refuse_range(self, why: str) -> None:
+        """Refuse a range of budgets where there must be one.
+
+        Raises:
+            UserError: says why, and what to give.
+        """
+        if self.least is not None:
+            raise UserError(f"--policy {self.text}: {why}; give one budget")
+
     def with_share(self, share: float) -> PolicySpec:
         """The same policy with another budget."""
         typed, _ = split_policy(self.text)
         parts = [*(f"{key}={value}" for key, value in self.own), f"budget={share:g}"]
         text = f"{typed}:{','.join(parts)}"
-        return dataclasses.replace(self, text=text, budget=Budget(share=share))
+        budget = Budget(share=share)
+        return dataclasses.replace(self, text=text, budget=budget, least=None)
 
     def arguments(self, length: int, model: ModelShape) -> Arguments:
         """Parameters of the policy for requests of ``length`` tokens.

@@ -84,7 +84,8 @@ _SCHEDULING = [
     Relied("vllm.v1.core.kv_cache_utils.get_block_hash", "reads it", ("(key)",)),
     Relied(
         "vllm.v1.core.sched.scheduler.Scheduler",
-        "subclassed: tells the manager of requests, cuts chunks. It asks "
+        "subclassed: tells the manager of requests, shares out budgets, cuts chunks. "
+        "It asks "
         "_mamba_block_aligned_split for every cut if the switch is set, and preempts "
         "and frees through these methods alone",
         (
@@ -92,6 +93,8 @@ _SCHEDULING = [
             *("add_request(request)", "_free_blocks(request)"),
             *("_preempt_request(request)", "get_request_counts()"),
             "_mamba_block_aligned_split(request, num_new_tokens)",
+            *("schedule(throttle_prefills)", "waiting", "running"),
+            "max_num_running_reqs",
         ),
     ),
     Relied(

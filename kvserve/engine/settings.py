@@ -21,12 +21,14 @@ FILES = "files"
 class PolicySettings:
     """A policy as typed, ``NAME[:KEY=VALUE,...]`` or a TOML file, and more arguments.
 
-    ``allow_request_policies``: whether a request may name another one.
+    ``allow_request_policies``: whether a request may name another one. ``protect``:
+    whose tokens are protected, ``system`` or ``spans``; nobody's, if it is empty.
     """
 
     policy: str
     policy_args: dict[str, Any] = field(default_factory=dict)
     allow_request_policies: bool = False
+    protect: str = ""
 
     @classmethod
     def from_config(cls, vllm_config: VllmConfig) -> PolicySettings:
@@ -41,6 +43,8 @@ class PolicySettings:
         values = {"policy": self.policy, "policy_args": dict(self.policy_args)}
         if self.allow_request_policies:
             values["allow_request_policies"] = True
+        if self.protect:
+            values["protect"] = self.protect
         return {CONFIG_KEY: values}
 
     @property

@@ -21,7 +21,7 @@ class HeadPagedSpec(AttentionSpec):
     """One flat pool of head pages, shared by all layers and KV heads.
 
     ``num_kv_heads`` is 1 by construction: ``page_size_bytes`` is one head page.
-    ``plan`` is that of the request that needs most; ``rule`` makes the plan of each.
+    ``plan`` is that to whose tables all requests belong; ``rule`` makes that of each.
     ``dtype`` is that of the pool, and a token's bytes are ``state_content_bytes``.
     """
 
@@ -39,10 +39,8 @@ class HeadPagedSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         length = vllm_config.model_config.max_model_len
-        in_flight = self.rule.in_flight
-        largest = self.plan.most_pages(length, in_flight)
-        pages = max(self.rule.most_pages(length), largest)
-        return (pages + self.num_scratch_pages) * self.page_size_bytes
+        pages = self.rule.least_pool(length) + self.num_scratch_pages
+        return pages * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.rule.most_entries(max_len)

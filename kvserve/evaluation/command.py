@@ -166,6 +166,7 @@ def _contenders(
 def _parse(text: str, work: Work) -> PolicySpec:
     """Read a policy, with the profile that it needs of the model."""
     spec = PolicySpec.parse(text)
+    spec.refuse_range("a range says what a server does when requests wait")
     added = profile_arguments(text, {}, work.model.path, make=True)
     return dataclasses.replace(spec, from_file=(*spec.from_file, *added.items()))
 

@@ -23,7 +23,7 @@ from vllm.renderers.inputs.preprocess import extract_prompt_len
 
 from kvserve.engine.start.admission import PolicyGuard, check_forced
 from kvserve.errors import UserError
-from kvserve.extra_args import FORCED_TOKENS, POLICY, said_in
+from kvserve.extra_args import FORCED_TOKENS, POLICY, PROTECT, said_in
 from kvserve.http.notices import notice
 from kvserve.http.receipts import unique_id
 
@@ -45,13 +45,14 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             check_forced(params, model_config)
         except UserError as error:
             raise _refused(str(error), FORCED) from None
-        if said_in(params, POLICY) is not None:
+        asked = [key for key in (POLICY, PROTECT) if said_in(params, key) is not None]
+        if asked:
             known = isinstance(prompt, dict)
             length = extract_prompt_len(model_config, prompt) if known else None
             try:
                 guard.admit(params, length)
             except UserError as error:
-                raise _refused(str(error)) from None
+                raise _refused(str(error), f"vllm_xargs.{asked[0]}") from None
         if remark := guard.remark(params):
             notice(remark)
 

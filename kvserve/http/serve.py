@@ -61,14 +61,14 @@ def _add_cuda_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_request_policies(
-    args: argparse.Namespace, settings: PolicySettings | None
+    args: argparse.Namespace, settings: PolicySettings | None, flag: str
 ) -> None:
     if settings is None:
-        raise stock_has_no_policies()
+        raise stock_has_no_policies(flag)
     if args.grpc:
         raise UserError(
-            "--allow-request-policies: --grpc lets requests by without a check of what "
-            "they name; leave one of them out"
+            f"{flag}: --grpc lets requests by without a check of what they ask for; "
+            "leave one of them out"
         )
 
 
@@ -106,14 +106,17 @@ def serve(argv: list[str], quiet: bool = False) -> int:
     if runs_on := prepare_environment(vars(args)):
         print(f"kvserve: {runs_on}", file=sys.stderr)
     settings = choose_policy(args.policy, args.policy_arg, args.model)
-    if args.allow_request_policies:
-        _check_request_policies(args, settings)
+    for flag in ("--allow-request-policies", "--protect"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            _check_request_policies(args, settings, flag)
     if settings is None:
         check_stock(args)
         words = ["none: stock vLLM, which keeps every token for every head"]
     else:
         settings = dataclasses.replace(
-            settings, allow_request_policies=args.allow_request_policies
+            settings,
+            allow_request_policies=args.allow_request_policies,
+            protect=args.protect,
         )
         given = explicit_options(vars(args))
         if level is not None:

@@ -286,6 +286,14 @@ class DenseRule:
         """Pages that a prompt of ``tokens`` tokens needs while it is read."""
         return self.full.pages(tokens)
 
+    def least_pool(self, tokens: int) -> int:
+        """Pages of a pool that can serve any request of ``tokens`` tokens."""
+        return self.most_pages(tokens)
+
+    def history_pages(self, tokens: int) -> int:
+        """None: what is selected stays where it is."""
+        return 0
+
     def most_entries(self, tokens: int) -> int:
         """The longest page list of any request of ``tokens`` tokens.
 

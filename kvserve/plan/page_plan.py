@@ -65,7 +65,8 @@ class PagePlan:
     longer there. ``layout`` says how the heads of each layer make its lanes, or is
     empty if all have lanes of their own; a layer may have fewer lanes than others.
     Of every ``group`` blocks, thinned lanes keep ``keep`` tokens, ``[num_layers]
-    [num_kv_heads]``, -1 in lanes that are not; both are empty where none is.
+    [num_kv_heads]``, -1 in lanes that are not; both are empty where none is. Tokens of
+    ``spans``, each a first one and the first behind, they keep before others.
     Plans are hashable and travel from the worker to the scheduler inside the KV cache
     spec.
     """
@@ -82,6 +83,7 @@ class PagePlan:
     layout: tuple[LayerHeads, ...] = ()
     group: int = 0
     keep: tuple[tuple[int, ...], ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_budgets(
@@ -163,6 +165,7 @@ class PagePlan:
                 reread=self.reread,
                 group=self.group,
                 keep=_columns(self.keep, first, width),
+                spans=self.spans,
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -205,7 +208,7 @@ class PagePlan:
         """The history pages of thinned lanes; of a rank's own, if there are several."""
         keep = np.array(self.keep or self.sinks, dtype=np.int64).ravel()
         of_group, size = keep != NOT_THINNED, self.page_size
-        if not self.group:
+        if not of_group.any() or not self.group:
             return History(np.zeros_like(keep), 0, 0, 0, size)
         sinks = int(np.array(self.sinks).ravel()[of_group].max())
         window = int(np.array(self.windows).ravel()[of_group].max())

@@ -8,7 +8,13 @@ from policies.base import ModelShape, Policy
 
 
 def check_unequal(
-    policy: Policy, model: ModelShape, ranks: int, shared: bool, mixed: bool
+    policy: Policy,
+    model: ModelShape,
+    ranks: int,
+    shared: bool,
+    mixed: bool,
+    protects: bool = False,
+    ranges: bool = False,
 ) -> None:
     """Refuse what is not worked out for layers with heads of unequal number or size.
 
@@ -31,10 +37,16 @@ def check_unequal(
         f"--tensor-parallel-size={ranks}": ranks > 1,
         "--enable-prefix-caching": shared,
         "--allow-request-policies": mixed,
+        "--protect": protects,
     }
     for flag, given in refused.items():
         if given:
             raise UserError(f"{flag}: {has}, which cannot have it yet; leave it out")
+    if ranges:
+        raise UserError(
+            f"--policy {policy.name}: {has}, whose requests cannot have budgets of a "
+            "range yet; give one budget"
+        )
     if not policy.capabilities.position_only:
         raise UserError(
             f"--policy {policy.name}: {has}, which policies that judge tokens cannot "
@@ -42,12 +54,32 @@ def check_unequal(
         )
 
 
-def no_mixing(policy: Policy, ranks: int) -> UserError:
-    return UserError(
-        f"--allow-request-policies: policy {policy.name} selects on each of {ranks} "
-        "ranks among its own heads, where policies cannot be mixed; leave the flag "
-        "out, use --tensor-parallel-size=1, or start with a policy of positions"
-    )
+def check_dense(
+    policy: Policy, ranks: int, mixed: bool, protects: bool, ranges: bool
+) -> None:
+    """Refuse what policies that select once a prompt has been read cannot have.
+
+    Raises:
+        UserError: names the flag and the way out.
+    """
+    if ranges:
+        raise UserError(
+            f"--policy {policy.name}: holds a full cache while it reads, so a range of "
+            "budgets would let no more requests in; give one budget, or choose a "
+            "policy that frees as it reads, such as kvzap"
+        )
+    if protects:
+        raise UserError(
+            f"--protect: policy {policy.name} selects tokens of the whole prompt; "
+            "leave the flag out, or choose a policy that frees as it reads"
+        )
+    if mixed and ranks > 1:
+        raise UserError(
+            f"--allow-request-policies: policy {policy.name} selects on each of "
+            f"{ranks} ranks among its own heads, where policies cannot be mixed; leave "
+            "the flag out, use --tensor-parallel-size=1, or start with a policy of "
+            "positions"
+        )
 
 
 def check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:

@@ -17,8 +17,11 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from kvserve.errors import UserError
-from kvserve.extra_args import POLICY, said_in
-from kvserve.plan.rule import MixedRule, Rule
+from kvserve.extra_args import LEVEL, POLICY, PROTECT, said_in
+from kvserve.plan.mixed import MixedRule
+from kvserve.plan.protection import parse_spans, protecting
+from kvserve.plan.rule import Rule
+from kvserve.plan.streaming import StreamRule
 from policies.base import Policy
 from policies.budgets import PolicySpec, split_policy
 from policies.files import follows_files
@@ -59,17 +62,40 @@ def rule_named(rule: MixedRule, text: object, tokens: int) -> Rule:
 
 
 def rule_of_request(rule: Rule, params: Any, tokens: int) -> Rule | None:
-    """Return the rule under the policy that a request names, if it names one.
+    """Return the rule of a request, if it is not the server's.
 
     Args:
         rule: the server's.
         params: the request's sampling parameters.
         tokens: what the request may reach, prompt and longest reply.
+
+    Raises:
+        UserError: one line, for whoever wrote the request.
     """
     if not isinstance(rule, MixedRule):
         return None
-    text = said_in(params, POLICY)
-    return None if text is None else rule_named(rule, text, tokens)
+    text, spans = said_in(params, POLICY), said_in(params, PROTECT)
+    named: Rule | None = None
+    if text is not None and rule.mixed:
+        named = rule_named(rule, text, tokens)
+    elif rule.levels:
+        named = _level_of(rule, said_in(params, LEVEL))
+    if spans is None or not rule.protects:
+        return named
+    own = named or rule.default
+    if not isinstance(own, StreamRule):
+        raise UserError(
+            f"policy {own.policy.name} selects tokens of the whole prompt and protects "
+            "none; name a policy that frees as it reads"
+        )
+    return protecting(own, parse_spans(spans))
+
+
+def _level_of(rule: MixedRule, level: object) -> Rule | None:
+    """The rule of a level, if it is one: clients may write what they like."""
+    if isinstance(level, int) and 0 <= level < len(rule.levels):
+        return rule.levels[level]
+    return None
 
 
 def without_budget(rule: MixedRule, text: str, tokens: int) -> str:
@@ -113,7 +139,9 @@ def _parse(text: str) -> PolicySpec:
                 f"{key}: a request sets numbers and switches alone, for {key} could "
                 "name a file; it is the server's"
             )
-    return PolicySpec.parse(text)
+    spec = PolicySpec.parse(text)
+    spec.refuse_range("a range of budgets is a server's")
+    return spec
 
 
 @follows_files

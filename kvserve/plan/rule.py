@@ -4,24 +4,24 @@
 A policy of positions has a :class:`~kvserve.plan.streaming.StreamRule` and plans of
 :class:`~kvserve.plan.page_plan.PagePlan`, one that selects after a dense prefill a
 :class:`~kvserve.plan.dense.DenseRule` and :class:`~kvserve.plan.dense.DensePlan`. Where
-requests may name policies, a :class:`MixedRule` makes the rule of each. Nothing outside
-of ``kvserve.plan`` asks which.
+requests may have rules of their own, a :class:`~kvserve.plan.mixed.MixedRule` makes the
+rule of each. Nothing outside of ``kvserve.plan`` asks which.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from kvserve.errors import UserError
-from kvserve.plan.dense import DensePlan, DenseRule
+from kvserve.plan.dense import DenseRule
 from kvserve.plan.lanes import IntArray
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.page_plan import PagePlan
-from kvserve.plan.refusals import check_ranks, check_unequal, no_mixing
-from kvserve.plan.streaming import StreamRule, scratch_pages
+from kvserve.plan.refusals import check_dense, check_ranks, check_unequal
+from kvserve.plan.streaming import StreamRule
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
-from policies.thinning import ThinningPolicy
 
 
 class RequestPlan(Protocol):
@@ -148,8 +148,14 @@ class Rule(Protocol):
     def most_pages(self, tokens: int) -> int:
         """Pages that a request needs on its way to ``tokens`` tokens."""
 
+    def least_pool(self, tokens: int) -> int:
+        """Pages of a pool that can serve any request of ``tokens`` tokens."""
+
     def most_entries(self, tokens: int) -> int:
         """The longest page list of any request of ``tokens`` tokens."""
+
+    def history_pages(self, tokens: int) -> int:
+        """The most pages that one lane's history has, in a request of ``tokens``."""
 
     def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
         """Pages that a step's prefill may need beside what requests hold.
@@ -165,145 +171,6 @@ class Rule(Protocol):
         """What else a user should know when the server starts."""
 
 
-@dataclass(frozen=True)
-class MixedRule:
-    """Of a server whose requests may name policies of their own.
-
-    Attributes:
-        default: of requests that name none.
-        step_tokens: tokens of one prompt that any step can read at once.
-    """
-
-    default: StreamRule | DenseRule
-    step_tokens: int = 0
-    mixed: ClassVar = True
-    is_elastic: ClassVar = True
-    has_bounded_lanes: ClassVar = True
-
-    @property
-    def policy(self) -> Policy:
-        return self.default.policy
-
-    @property
-    def model(self) -> ModelShape:
-        return self.default.model
-
-    @property
-    def page_size(self) -> int:
-        return self.default.page_size
-
-    @property
-    def max_tokens(self) -> int:
-        return self.default.max_tokens
-
-    @property
-    def copies(self) -> int:
-        return self.default.copies
-
-    @property
-    def is_shared(self) -> bool:
-        return self.default.is_shared
-
-    @property
-    def in_flight(self) -> int:
-        return self.default.in_flight
-
-    @property
-    def observed(self) -> int:
-        return self.default.observed
-
-    @property
-    def ranks(self) -> int:
-        """Ranks that share the heads of a layer."""
-        return self.full.ranks
-
-    @property
-    def may_select(self) -> bool:
-        return self.ranks == 1 and not self.is_shared
-
-    @property
-    def weighs(self) -> bool:
-        return self.may_select
-
-    @property
-    def full(self) -> PagePlan:
-        return self.default.full
-
-    @property
-    def largest(self) -> PagePlan:
-        stride = self.default.largest.stride
-        return dataclasses.replace(self.full, stride=stride, is_shared=self.is_shared)
-
-    def under(self, policy: Policy) -> StreamRule | DenseRule:
-        """Return the rule of requests that name ``policy``.
-
-        Raises:
-            UserError: what they keep cannot lie beside what others keep.
-        """
-        if policy.capabilities.prefill == "dense":
-            self._check_selecting(policy)
-        if isinstance(policy, ThinningPolicy):
-            raise UserError(
-                f"{policy.name}: packs what it keeps, which cannot lie beside what "
-                "other policies keep yet; start a server with it, or name another"
-            )
-        shape = self.model, self.page_size, self.max_tokens
-        stride = self.largest.stride
-        if isinstance(policy, DensePolicy):
-            return DenseRule(policy, *shape, stride=stride)
-        assert isinstance(policy, StreamingPolicy)
-        steps = self.in_flight, self.is_shared
-        return StreamRule(policy, *shape, self.ranks, stride, *steps)
-
-    def _check_selecting(self, policy: Policy) -> None:
-        """Refuse a policy that selects by content where it cannot."""
-        assert isinstance(policy, DensePolicy)
-        if self.is_shared:
-            raise UserError(
-                f"{policy.name}: keeps of a prefix what the text behind it attends to, "
-                "but requests of this server share pages (--enable-prefix-caching); "
-                "name a policy of positions"
-            )
-        if self.ranks > 1:
-            raise UserError(
-                f"{policy.name}: cannot be named where {self.ranks} ranks share the "
-                "heads of a layer; name a policy of positions"
-            )
-        if policy.observation_window > self.step_tokens:
-            raise UserError(
-                f"{policy.name}: looks at the last {policy.observation_window} tokens "
-                f"of a prompt in one step, but steps of this server have room for "
-                f"{self.step_tokens}; ask for a shorter window, or another server"
-            )
-
-    def plan(self, tokens: int) -> PagePlan | DensePlan:
-        return self.default.plan(tokens)
-
-    def of_request(self, prompt_tokens: int, reply_tokens: int) -> RequestPlan:
-        return self.default.of_request(prompt_tokens, reply_tokens)
-
-    def pages(self, tokens: int) -> int:
-        return self.default.pages(tokens)
-
-    def most_pages(self, tokens: int) -> int:
-        return self.default.most_pages(tokens)
-
-    def most_entries(self, tokens: int) -> int:
-        """A request may name ``full``, or lanes that open pages at different times."""
-        apart = self.full.num_lanes if self.may_select else 0
-        return self.largest.entries(tokens) + apart
-
-    def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
-        return scratch_pages(self.largest, max_tokens, max_requests, bounded=True)
-
-    def describe(self) -> str:
-        return self.default.describe()
-
-    def remarks(self) -> list[str]:
-        own = "a request may name a policy of its own (kv_policy)"
-        return [*self.default.remarks(), own]
-
-
 def rule_under(
     policy: Policy,
     model: ModelShape,
@@ -315,6 +182,8 @@ def rule_under(
     shared: bool = False,
     mixed: bool = False,
     step_tokens: int = 0,
+    richer: Sequence[Policy] = (),
+    protects: bool = False,
 ) -> Rule:
     """Return what makes the plan of each request under ``policy``.
 
@@ -324,6 +193,9 @@ def rule_under(
         shared: whether requests share pages, under policies that can.
         mixed: whether a request may name another policy.
         step_tokens: tokens of one prompt that any step can read at once.
+        richer: the policy with larger budgets, the largest first, which requests get
+            while there is room.
+        protects: whether a request may have tokens protected.
 
     Raises:
         UserError: the policy cannot serve the model, or not on so many ranks.
@@ -331,16 +203,11 @@ def rule_under(
     if ranks > 1:
         check_ranks(policy, model, ranks)
     if model.layer_heads:
-        check_unequal(policy, model, ranks, shared, mixed)
-    if mixed and isinstance(policy, ThinningPolicy):
-        raise UserError(
-            f"--allow-request-policies: policy {policy.name} packs what it keeps, "
-            "beside which requests of other policies cannot lie yet; leave it out"
-        )
+        check_unequal(policy, model, ranks, shared, mixed, protects, bool(richer))
     rule: StreamRule | DenseRule
+    levels: tuple[StreamRule, ...] = ()
     if isinstance(policy, DensePolicy):
-        if mixed and ranks > 1:
-            raise no_mixing(policy, ranks)
+        check_dense(policy, ranks, mixed, protects, bool(richer))
         # Every rank selects among its own heads, and all have lanes of equal length.
         share = dataclasses.replace(
             model,
@@ -349,18 +216,33 @@ def rule_under(
         )
         rule = DenseRule(policy, share, page_size, max_tokens, ranks)
     elif isinstance(policy, StreamingPolicy):
-        rule = StreamRule(
-            policy,
-            model,
-            page_size,
-            max_tokens,
-            ranks,
-            in_flight=in_flight,
-            is_shared=shared and policy.capabilities.prefix_cacheable,
-        )
+        shape = model, page_size, max_tokens, ranks
+        steps = in_flight, shared and policy.capabilities.prefix_cacheable
+        rule = StreamRule(policy, *shape, None, *steps)
+        if richer:
+            levels = _levels_above(rule, richer)
     else:
         raise UserError(
             f"--policy {policy.name}: is neither a StreamingPolicy nor a DensePolicy"
         )
     rule.plan(max_tokens)  # refuses a model that the policy cannot serve
-    return MixedRule(rule, step_tokens) if mixed else rule
+    if not (mixed or levels or protects):
+        return rule
+    return MixedRule(rule, step_tokens, mixed, levels, protects)
+
+
+def _levels_above(
+    least: StreamRule, richer: Sequence[Policy]
+) -> tuple[StreamRule, ...]:
+    """Rules of a range of budgets, whose lanes have tables in common."""
+    stride, levels = least.longest.stride, []
+    for policy in richer:
+        assert isinstance(policy, StreamingPolicy)
+        level = dataclasses.replace(least, policy=policy)
+        if level.longest.stride != stride:
+            raise UserError(
+                f"--policy {policy.name}: budgets of a range count pages in turns of "
+                f"{level.longest.stride} and {stride}; give one budget"
+            )
+        levels.append(level)
+    return *levels, least

@@ -29,7 +29,9 @@ class StreamRule:
     each of ``ranks`` ranks owns some. Blocks are counted in turns of ``stride``, if the
     tables of a server have it so. ``in_flight`` is the most tokens that are scheduled
     and not yet computed: until they are, requests that give pages back hold more.
-    ``is_shared`` says whether requests share the pages of a common prefix.
+    ``is_shared`` says whether requests share the pages of a common prefix. The first
+    ``protected`` tokens stay in all lanes, and tokens of ``spans``, each a first one
+    and the first behind, before others where lanes are thinned.
     """
 
     policy: StreamingPolicy
@@ -40,6 +42,8 @@ class StreamRule:
     stride: int | None = None
     in_flight: int = 1
     is_shared: bool = False
+    protected: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
     mixed: ClassVar = False
     may_select: ClassVar = False
     weighs: ClassVar = False
@@ -90,9 +94,17 @@ class StreamRule:
         """Pages that a request needs on its way to ``tokens`` tokens."""
         return self.plan(tokens).most_pages(tokens, self.in_flight)
 
+    def least_pool(self, tokens: int) -> int:
+        """Pages of a pool that can serve any request of ``tokens`` tokens."""
+        return self.most_pages(tokens)
+
     def most_entries(self, tokens: int) -> int:
         """The longest page list of any request of ``tokens`` tokens."""
         return self.largest.entries(tokens)
+
+    def history_pages(self, tokens: int) -> int:
+        """The most pages that one lane's history has, in a request of ``tokens``."""
+        return self.largest.history_pages(tokens)
 
     def scratch_pages(self, max_tokens: int, max_requests: int) -> int:
         bounded = self.has_bounded_lanes
@@ -125,9 +137,25 @@ def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
     length = rule.max_tokens if tokens is None else tokens
     open_layers = rule.model.open
     budgets = rule.policy.budgets(open_layers, length) if open_layers.num_layers else ()
+    if rule.protected:
+        budgets = _protecting(budgets, rule.protected)
     sizes = rule.page_size, length
     plan = plan_of_model(rule.model, budgets, *sizes, rule.ranks, rule.is_shared)
+    plan = replace(plan, spans=rule.spans)
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
+
+
+def _protecting(
+    budgets: tuple[tuple[HeadBudget, ...], ...], tokens: int
+) -> tuple[tuple[HeadBudget, ...], ...]:
+    """The same budgets, whose sinks are ``tokens`` at least."""
+    return tuple(
+        tuple(
+            head if head.is_full else replace(head, sinks=max(head.sinks, tokens))
+            for head in layer
+        )
+        for layer in budgets
+    )
 
 
 def plan_of_model(

@@ -15,8 +15,8 @@ from vllm.v1.request import Request, RequestStatus
 from kvserve.engine.batch.page_tables import PageTables
 from kvserve.engine.scheduling.shared_manager import SharedPagedManager
 from kvserve.engine.start.admission import PolicyGuard
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.request_policies import rule_of_request
-from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies.base import ModelShape
 from policies.full import Full

@@ -27,7 +27,7 @@ from kvserve.engine.worker.backend import HeadPagedBackend, HeadPagedMetadataBui
 from kvserve.engine.worker.worker import _attention_backend
 from kvserve.errors import UserError
 from kvserve.plan.dense import DenseRule
-from kvserve.plan.rule import MixedRule
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies.base import ModelShape
 from policies.full import Full

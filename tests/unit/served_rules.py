@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kvserve.plan.rule import MixedRule
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies.base import ModelShape, StreamingPolicy
 from policies.full import Full

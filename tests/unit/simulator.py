@@ -190,6 +190,9 @@ class DrawnRule:
     def full(self) -> PagePlan:
         return self.plans[0].full
 
+    def history_pages(self, tokens: int) -> int:
+        return max(plan.history_pages(tokens) for plan in self.plans)
+
     def of_request(self, prompt_tokens: int, reply_tokens: int) -> PagePlan:
         return self.plans[prompt_tokens % len(self.plans)]
 

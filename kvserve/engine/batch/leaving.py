@@ -13,6 +13,7 @@ import numpy as np
 
 from kvserve.plan.lanes import IntArray, PageArray
 from kvserve.plan.page_plan import PagePlan
+from policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Leaving:
             ``keep``.
         targets: slots of history pages, of each layer ``[n]``. What would be left of
             the last page is filled by its last token, for kernels hide it but read it.
+        spans: tokens that stay before others, each a first one and the first behind.
+        policy: the request's own, which judges; ``None``: that of the server.
     """
 
     raw: PageArray
@@ -43,6 +46,8 @@ class Leaving:
     page_size: int
     sources: list[IntArray]
     targets: list[IntArray]
+    spans: tuple[tuple[int, int], ...] = ()
+    policy: Policy | None = None
 
 
 class HistoryPages:
@@ -91,7 +96,7 @@ class HistoryPages:
         raw = by_slot[:, :, begin : begin + len(now) * plan.group].copy()
         first = begin * size
         of_groups = raw, packed, self._keep, first, len(now), size
-        return Leaving(*of_groups, sources, targets)
+        return Leaving(*of_groups, sources, targets, plan.spans)
 
     def _half_empty(self, by_slot: PageArray, events: int) -> PageArray:
         """The page in which each lane's history ends, unless it is full."""

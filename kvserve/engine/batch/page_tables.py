@@ -8,6 +8,7 @@ decode step that opens no block leaves them as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class PageTables:
         plan = plan.of_rank(rank)
         self._plan, self._rule, self._rank = plan, rule, rank
         self.history = width = blocks_of(max_tokens, plan.page_size)
-        packed = plan.history_pages(max_tokens)
+        packed = (rule or plan).history_pages(max_tokens)
         shape = (plan.num_layers, max_requests, plan.num_kv_heads)
         self.lanes = Lanes.full(shape, plan.stride)
         if plan.group:
@@ -69,6 +70,7 @@ class PageTables:
         self.leaving: list[Leaving] = []
         self.changed: set[int] = set()
         self._plans: dict[str, RequestPlan] = {}
+        self._named: dict[str, Rule] = {}
         self._requests: list[str] = []
         self._blocks: IntArray = np.zeros(max_requests, dtype=np.int64)
         self._events: IntArray = np.zeros(max_requests, dtype=np.int64)
@@ -89,12 +91,14 @@ class PageTables:
         """Note a new request: its prompt, and the longest reply it may get.
 
         Args:
-            named: the rule under the policy that it names, if it names one.
+            named: the request's own rule, if it has one.
         """
         rule = named or self._rule
         if rule is not None:
             plan = rule.of_request(prompt_tokens, reply_tokens)
             self._plans[request_id] = plan.of_rank(self._rank)
+        if named is not None:
+            self._named[request_id] = named
 
     def plan_of(self, request_id: str) -> RequestPlan:
         """Return the plan of a request, on this rank."""
@@ -113,6 +117,7 @@ class PageTables:
         """Drop requests that will not come back."""
         for request_id in request_ids:
             self._plans.pop(request_id, None)
+            self._named.pop(request_id, None)
             self.settled.drop(request_id)
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -179,7 +184,9 @@ class PageTables:
                 plan.history.events(before),
             )
             if left is not None:
-                self.leaving.append(left)
+                named = self._named.get(self._requests[row])
+                policy = None if named is None else named.policy
+                self.leaving.append(replace(left, policy=policy))
             self.changed.add(row)
         # Who starts with what another packs in this very step packs behind him.
         self.leaving.sort(key=lambda left: left.first)

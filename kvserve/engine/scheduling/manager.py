@@ -67,7 +67,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         """Note a new request; it may be preempted and come back many times.
 
         Args:
-            named: the rule under the policy that it names, if it names one.
+            named: the request's own rule, if it has one.
         """
         rule = named or self.rule
         self._plans[request_id] = rule.of_request(prompt_tokens, reply_tokens)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from kvserve.engine.scheduling.budget_range import BudgetRange
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.scheduling.shared_manager import SharedPagedManager
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.request_policies import rule_of_request
 
 
 class HeadPagedScheduler(Scheduler):
     """Tells what a request's plan follows from before any of its pages are counted.
 
-    That is its prompt, its longest reply and the policy that it names, if it names one.
+    That is its prompt, its longest reply and what it asks for itself, if it does. Of a
+    range of budgets it gets one before it begins.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,6 +33,17 @@ class HeadPagedScheduler(Scheduler):
         # vLLM asks the method below, under the name of its first user, for every cut.
         if self._pages.rule.may_select:
             self.need_mamba_block_aligned_split = True
+        rule = self._pages.rule
+        self._range: BudgetRange | None = None
+        if isinstance(rule, MixedRule) and rule.levels:
+            most = self.max_num_running_reqs
+            self._range = BudgetRange(rule, self._pages, most)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._range is not None:
+            for request in self._range.share_out(self.waiting, self.running):
+                self._expect(request)
+        return super().schedule(*args, **kwargs)
 
     def _mamba_block_aligned_split(
         self,
@@ -41,14 +56,20 @@ class HeadPagedScheduler(Scheduler):
         return plan.chunk(request.num_computed_tokens, num_new_tokens)
 
     def add_request(self, request: Request) -> None:
+        self._expect(request)
+        super().add_request(request)
+
+    def _expect(self, request: Request) -> None:
+        """Tell the manager of a request, or of its new budget."""
         lengths = request.num_prompt_tokens, request.max_tokens
         named = rule_of_request(self._pages.rule, request.sampling_params, sum(lengths))
         self._pages.expect(request.request_id, *lengths, named)
-        super().add_request(request)
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self._pages.forget(request.request_id)
+        if self._range is not None:
+            self._range.forget(request.request_id)
 
 
 class SharingScheduler(HeadPagedScheduler):
@@ -56,16 +77,26 @@ class SharingScheduler(HeadPagedScheduler):
 
     _pages: SharedPagedManager
 
-    def add_request(self, request: Request) -> None:
-        super().add_request(request)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What clients gave: a request's plan may change before it begins.
+        self._salts: dict[str, str | None] = {}
+
+    def _expect(self, request: Request) -> None:
+        super()._expect(request)
         self._name_plan(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._salts.pop(request.request_id, None)
 
     def _name_plan(self, request: Request) -> None:
         """Make a plan of the request's own part of the hashes of its blocks.
 
         What a cached token holds follows from all that the layers before have seen.
         """
-        plan, salt = self._pages.plan_of(request.request_id), request.cache_salt
+        plan = self._pages.plan_of(request.request_id)
+        salt = self._salts.setdefault(request.request_id, request.cache_salt)
         own = "" if plan == self._pages.common_plan else plan.digest
         if not own and not salt:
             return

@@ -19,6 +19,7 @@ from kvserve.engine.spec import SharedPagedSpec
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.prefix import PrefixPages
+from kvserve.plan.rule import Rule
 
 
 class SharedPagedManager(HeadPagedManager):
@@ -54,6 +55,16 @@ class SharedPagedManager(HeadPagedManager):
     def common_plan(self) -> PagePlan:
         """The plan of requests that have none of their own."""
         return self._plan
+
+    def expect(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        reply_tokens: int,
+        named: Rule | None = None,
+    ) -> None:
+        super().expect(request_id, prompt_tokens, reply_tokens, named)
+        self._needs_of.pop(request_id, None)
 
     def needs_of(self, request_id: str) -> PrefixPages:
         """Return what a request needs of a prefix."""

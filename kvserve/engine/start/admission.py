@@ -12,9 +12,16 @@ from vllm.config import ModelConfig, VllmConfig
 
 from kvserve.engine.start.support import rule_of, scratch_of
 from kvserve.errors import UserError
-from kvserve.extra_args import FORCED_PROCESSOR, FORCED_TOKENS, POLICY, said_in
-from kvserve.plan.request_policies import rule_named, rule_of_request, without_budget
-from kvserve.plan.rule import MixedRule, Rule
+from kvserve.extra_args import (
+    FORCED_PROCESSOR,
+    FORCED_TOKENS,
+    POLICY,
+    PROTECT,
+    said_in,
+)
+from kvserve.plan.mixed import MixedRule
+from kvserve.plan.request_policies import rule_of_request, without_budget
+from kvserve.plan.rule import Rule
 from policies.base import Policy
 
 
@@ -51,22 +58,29 @@ class PolicyGuard:
         Raises:
             UserError: one line, for whoever wrote the request.
         """
-        text = said_in(params, POLICY)
-        if text is None:
+        text, spans = said_in(params, POLICY), said_in(params, PROTECT)
+        if text is None and spans is None:
             return
-        rule, tokens = self._mixed_rule(), self._max_tokens
+        if text is not None:
+            self._mixed_rule()
+        if spans is not None:
+            self._protecting_rule()
+        tokens = self._max_tokens
         if prompt_tokens is not None and params.max_tokens is not None:
             tokens = min(prompt_tokens + params.max_tokens, tokens)
-        pages = rule_named(rule, text, tokens).most_pages(tokens)
+        assert self._rule is not None
+        own = rule_of_request(self._rule, params, tokens)
+        pages = (own or self._rule).most_pages(tokens)
         if pages > self._pool:
             raise UserError(
-                f"{text}: a request of {tokens} tokens, prompt and reply, needs "
-                f"{pages} pages, but the pool has {self._pool}; send fewer tokens, or "
-                "name a policy that keeps less"
+                f"{text or spans}: a request of {tokens} tokens, prompt and reply, "
+                f"needs {pages} pages, but the pool has {self._pool}; send fewer "
+                "tokens, or ask to keep less"
             )
-        # Another request may share the dictionary.
-        settled = without_budget(rule, str(text), tokens)
-        params.extra_args = {**params.extra_args, POLICY: settled}
+        if text is not None:
+            # Another request may share the dictionary.
+            settled = without_budget(self._mixed_rule(), str(text), tokens)
+            params.extra_args = {**params.extra_args, POLICY: settled}
 
     def remark(self, params: Any) -> str | None:
         """Say what of a reply comes from a prompt that is not compressed yet."""
@@ -127,12 +141,24 @@ class PolicyGuard:
                 "this server runs stock vLLM (--policy none), which has no policies; "
                 f"leave {POLICY} out"
             )
-        if not isinstance(self._rule, MixedRule):
+        if not (isinstance(self._rule, MixedRule) and self._rule.mixed):
             raise UserError(
                 "this server was started without --allow-request-policies; start it "
                 f"with the flag, or leave {POLICY} out"
             )
         return self._rule
+
+    def _protecting_rule(self) -> None:
+        """Refuse a request that has tokens protected where none may.
+
+        Raises:
+            UserError: one line, for whoever wrote the request.
+        """
+        if not (isinstance(self._rule, MixedRule) and self._rule.protects):
+            raise UserError(
+                "this server was started without --protect; start it with `--protect "
+                f"requests`, or leave {PROTECT} out"
+            )
 
 
 def check_forced(params: Any, model: ModelConfig) -> None:

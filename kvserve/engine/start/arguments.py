@@ -41,8 +41,8 @@ def add_policy_arguments(
 
 
 def add_request_policies(parser: argparse.ArgumentParser) -> None:
-    """Add ``--allow-request-policies``, which servers and their plans know."""
-    group = parser.add_argument_group("kvserve requests", "A policy per request")
+    """Add ``--allow-request-policies`` and ``--protect``."""
+    group = parser.add_argument_group("kvserve requests", "What a request may ask for")
     group.add_argument(
         "--allow-request-policies",
         action="store_true",
@@ -50,6 +50,15 @@ def add_request_policies(parser: argparse.ArgumentParser) -> None:
         '"vllm_xargs": {"kv_policy": "full"} or {"kv_policy": '
         '"sink-recent:recent=480"}. The pool must hold the longest request under '
         "`full` (default: a request that names one gets 400)",
+    )
+    group.add_argument(
+        "--protect",
+        choices=["system", "requests"],
+        default="",
+        help="let a request have tokens protected from eviction: "
+        '"vllm_xargs": {"kv_protect": "system"}, its system prompt, or {"kv_protect": '
+        '"0-200,950-1000"}, tokens by position. `system` protects the system prompts '
+        "of all chats that say nothing else (default: such a request gets 400)",
     )
 
 

@@ -110,7 +110,9 @@ def _check(
     if settings is None:
         raise UserError("--policy none: there is nothing to plan; try --policy full")
     settings = dataclasses.replace(
-        settings, allow_request_policies=args.allow_request_policies
+        settings,
+        allow_request_policies=args.allow_request_policies,
+        protect=args.protect,
     )
     options = engine_options(
         settings,

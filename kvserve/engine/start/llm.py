@@ -19,7 +19,7 @@ from kvserve.engine.start.options import (
 )
 from kvserve.engine.start.preflight import check_start
 from kvserve.errors import UserError
-from kvserve.extra_args import FORCED_TOKENS, POLICY, said_in
+from kvserve.extra_args import FORCED_TOKENS, POLICY, PROTECT, said_in
 from kvserve.models import resolve_model
 from kvserve.processor import settle_dtype
 from kvserve.profiling.fast import profile_arguments
@@ -38,6 +38,8 @@ class LLM(vllm.LLM):
         policy_args: more of the policy's parameters.
         allow_request_policies: let a request name another policy of positions, by
             ``SamplingParams(extra_args={"kv_policy": "sink-recent:recent=480"})``.
+        protect: let a request have tokens protected, by
+            ``SamplingParams(extra_args={"kv_protect": "0-200"})``.
         vllm_kwargs: every argument of ``vllm.LLM``.
 
     Raises:
@@ -54,6 +56,7 @@ class LLM(vllm.LLM):
         policy: str | None = "retrieval",
         policy_args: Mapping[str, Any] | None = None,
         allow_request_policies: bool = False,
+        protect: bool = False,
         **vllm_kwargs: Any,
     ) -> None:
         forget()
@@ -64,11 +67,13 @@ class LLM(vllm.LLM):
             arguments = profile_arguments(
                 policy, dict(policy_args or {}), options["model"], make=True
             )
-            settings = PolicySettings(policy, arguments, allow_request_policies)
+            allowed = allow_request_policies, "requests" if protect else ""
+            settings = PolicySettings(policy, arguments, *allowed)
             options = engine_options(settings, options)
             check_start(options)
-        elif allow_request_policies:
-            raise stock_has_no_policies()
+        elif allow_request_policies or protect:
+            flag = "--allow-request-policies" if allow_request_policies else "--protect"
+            raise stock_has_no_policies(flag)
         super().__init__(**options)
         config = self.llm_engine.vllm_config
         self._policy_guard = PolicyGuard.of_engine(config, policy is not None)
@@ -98,7 +103,7 @@ def _guard(engine: Any, guard: PolicyGuard) -> None:
             check_forced(params, engine.vllm_config.model_config)
         except UserError as error:
             raise UserError(f"{FORCED_TOKENS}: {error}") from None
-        if said_in(params, POLICY) is not None:
+        if any(said_in(params, key) is not None for key in (POLICY, PROTECT)):
             prompt = length_from_prompt_token_ids_or_embeds(
                 request.prompt_token_ids, request.prompt_embeds
             )

@@ -177,14 +177,17 @@ def _scheduler_for(
         settings.without_budget().capabilities,
         settings.allow_request_policies,
     )
+    own_rules = mixes or settings.protect or settings.spec.least
     if options.get("enable_prefix_caching"):
         scheduler = _SHARING
-    elif mixes or record.elastic or record.prefill == "dense":
+    elif own_rules or record.elastic or record.prefill == "dense":
         scheduler = _SCHEDULER
     else:
         return {}
     if options.get("scheduler_cls") not in (None, scheduler):
-        flag = "--allow-request-policies" if mixes else f"--policy {settings.policy}"
+        flag = f"--policy {settings.policy}"
+        flag = f"--protect {settings.protect}" if settings.protect else flag
+        flag = "--allow-request-policies" if mixes else flag
         raise UserError(
             f"--scheduler-cls={options['scheduler_cls']}: {flag} "
             f"runs under {scheduler.rpartition('.')[2]} here; leave it out"
@@ -192,11 +195,11 @@ def _scheduler_for(
     return {"scheduler_cls": scheduler}
 
 
-def stock_has_no_policies() -> UserError:
-    """What to say when requests are to name policies of stock vLLM."""
+def stock_has_no_policies(flag: str = "--allow-request-policies") -> UserError:
+    """What to say when requests are to ask for policies, but get stock vLLM."""
     return UserError(
-        "--allow-request-policies: --policy none is stock vLLM, which has no policies; "
-        "leave the flag out, or start with --policy full"
+        f"{flag}: --policy none is stock vLLM, which has no policies; leave the flag "
+        "out, or start with --policy full"
     )
 
 

@@ -147,9 +147,8 @@ def check_pool(config: VllmConfig, rule: Rule) -> None:
     if size is None:
         return
     length = config.model_config.max_model_len
-    most, why = rule.most_pages(length), "under this policy"
+    most, why = rule.least_pool(length), "under this policy"
     if rule.mixed:
-        most = rule.largest.most_pages(length, rule.in_flight)
         why = "under `full`, which --allow-request-policies lets it name"
     # One page more: vLLM's block 0 is never given out.
     pages = most + scratch_of(config, rule) + 1

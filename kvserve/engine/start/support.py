@@ -23,7 +23,7 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
     """Return what makes the page plan of each request, under the config's policy."""
     settings = PolicySettings.from_config(vllm_config)
     model = model_shape_of(vllm_config)
-    policy = _policy_of(settings.spec, model.open)
+    *richer, policy = _policies_of(settings.spec, model.open)
     page_size = vllm_config.cache_config.block_size
     max_tokens = vllm_config.model_config.max_model_len
     ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -39,18 +39,24 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         shared=shared,
         mixed=settings.allow_request_policies,
         step_tokens=scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
+        richer=richer,
+        protects=bool(settings.protect),
     )
 
 
 @follows_files
 @lru_cache(maxsize=4)
-def _policy_of(spec: PolicySpec, model: ModelShape) -> Policy:
-    """Several parts of a process ask, and a budget may take a search to translate.
+def _policies_of(spec: PolicySpec, model: ModelShape) -> tuple[Policy, ...]:
+    """The policy with each budget of a range, the least last.
+
+    Several parts of a process ask, and a budget may take a search to translate.
 
     Args:
         model: the layers that the policy decides on; there may be none.
     """
-    return spec.create(model) if model.num_layers else spec.without_budget()
+    if not model.num_layers:
+        return (spec.without_budget(),)
+    return tuple(level.create(model) for level in spec.levels)
 
 
 def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvserve.engine.batch.leaving import Leaving
@@ -31,6 +33,8 @@ class StagedLeaving:
     Attributes:
         positions: of the tokens, ``[groups, G]``.
         most: the largest ``keep`` of each layer.
+        policy: which judges them.
+        first: which of the tokens stay before others, ``[groups, G]``; ``None``: none.
     """
 
     raw: torch.Tensor
@@ -40,6 +44,8 @@ class StagedLeaving:
     sources: list[torch.Tensor]
     targets: list[torch.Tensor]
     most: list[int]
+    policy: ThinningPolicy
+    first: torch.Tensor | None
 
 
 class Thinner:
@@ -115,7 +121,20 @@ class Thinner:
             self._staging.tensors(leaving.sources),
             self._staging.tensors(leaving.targets),
             leaving.keep.max(axis=1).tolist(),
+            cast(ThinningPolicy, leaving.policy or self._policy),
+            self._protected(leaving, positions),
         )
+
+    def _protected(
+        self, leaving: Leaving, positions: npt.NDArray[np.int64]
+    ) -> torch.Tensor | None:
+        """Which tokens a request has protected."""
+        if not leaving.spans:
+            return None
+        spans = [
+            (first <= positions) & (positions < end) for first, end in leaving.spans
+        ]
+        return self._staging.tensor(np.any(spans, axis=0).astype(np.int64))
 
     def thin(
         self,
@@ -178,12 +197,18 @@ class Thinner:
         if rotation is not None:
             projected = rotation.undone(projected, leaving.positions)
         groups = Groups(projected, values.float().transpose(0, 1), leaving.positions)
-        scores = self._policy.scores(self._model, self._own[layer], groups)
+        scores = leaving.policy.scores(self._model, self._own[layer], groups)
         by_head = scores.transpose(0, 1)
-        return best_places(by_head, leaving.keep[layer], leaving.most[layer])
+        kept = leaving.keep[layer], leaving.most[layer]
+        return best_places(by_head, *kept, leaving.first)
 
 
-def best_places(scores: torch.Tensor, keep: torch.Tensor, most: int) -> torch.Tensor:
+def best_places(
+    scores: torch.Tensor,
+    keep: torch.Tensor,
+    most: int,
+    first: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Places of the highest scores, ascending; of equal ones the later stays.
 
     Scores are equal if they are to 13 bits. A token that comes twice has the same key
@@ -192,12 +217,17 @@ def best_places(scores: torch.Tensor, keep: torch.Tensor, most: int) -> torch.Te
     Args:
         scores: ``[heads, groups, G]``.
         keep: how many of a group each head keeps, ``[heads]``, at most ``most``.
+        first: 1 for tokens that stay before all others, else 0, ``[groups, G]``.
 
     Returns:
         ``[heads, groups, most]``, of which the first ``keep`` count.
     """
     length = scores.shape[-1]
     order = _rounded(scores).flip(-1).argsort(dim=-1, descending=True, stable=True)
+    if first is not None:
+        ranked = first.flip(-1).expand(scores.shape).gather(-1, order)
+        before = ranked.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, before)
     places = length - 1 - order[..., :most]
     beyond = torch.arange(most, device=scores.device) >= keep[:, None, None]
     ascending = places.masked_fill(beyond, length).sort(dim=-1).values

@@ -16,8 +16,8 @@ from kvserve.engine.settings import PolicySettings
 from kvserve.errors import UserError
 from kvserve.http.engine import profiles_of
 from kvserve.plan import streaming
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.request_policies import rule_named
-from kvserve.plan.rule import MixedRule
 from kvserve.plan.streaming import StreamRule
 from policies import files
 from policies.base import ModelShape, StreamingPolicy

@@ -19,7 +19,8 @@ from kvserve.engine.scheduling.integrity import check_integrity
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
 from kvserve.plan.dense import DenseRule
-from kvserve.plan.rule import MixedRule, Rule
+from kvserve.plan.mixed import MixedRule
+from kvserve.plan.rule import Rule
 from kvserve.plan.streaming import StreamRule
 from kvserve.plugin import register
 from policies.base import ModelShape, Policy
