@@ -25,7 +25,6 @@ _SPAN = re.compile(r"(\d{1,9})-(\d{1,9})")
 Spans = tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=256)
 def parse_spans(text: object) -> Spans:
     """Read spans of tokens, each a first one and the first behind.
 
@@ -35,9 +34,13 @@ def parse_spans(text: object) -> Spans:
     Raises:
         UserError: one line, for whoever wrote the request.
     """
-    parts = text.split(",") if isinstance(text, str) else []
-    found = [_SPAN.fullmatch(part) for part in parts[: MOST_SPANS + 1]]
-    if not found or len(found) > MOST_SPANS or not all(found):
+    return _parse(text if isinstance(text, str) else "")
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Spans:
+    found = [_SPAN.fullmatch(part) for part in text.split(",", MOST_SPANS)]
+    if len(found) > MOST_SPANS or not all(found):
         raise UserError(
             f"expected `{SYSTEM}`, or at most {MOST_SPANS} spans of tokens "
             "FIRST-BEHIND with commas, such as 0-200,950-1000"

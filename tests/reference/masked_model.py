@@ -12,7 +12,7 @@ chunks those of its own chunk, whatever its heads keep.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,7 @@ class MaskedLlama:
         page_size: int,
         first: int = 0,
         judge: Judge | None = None,
+        spared: Collection[int] = (),
     ) -> Tensor:
         """Return the logits after each token from ``first`` on, ``[n - first, V]``.
 
@@ -146,14 +147,16 @@ class MaskedLlama:
             budgets: what each head keeps, ``[num_layers][num_kv_heads]``.
             page_size: tokens of a block.
             judge: scores what leaves the windows of heads that are thinned.
+            spared: positions of tokens that these heads keep before others.
         """
         embeddings = self._weights["model.embed_tokens.weight"]
         hidden = embedding(torch.tensor(tokens), embeddings)
+        thins = judge and (judge, spared)
         for layer in range(self.shape.num_layers):
             name = f"model.layers.{layer}"
             normed = self._norm(hidden, f"{name}.input_layernorm")
             hidden = hidden + self._attention(
-                normed, f"{name}.self_attn", budgets[layer], page_size, layer, judge
+                normed, f"{name}.self_attn", budgets[layer], page_size, layer, thins
             )
             normed = self._norm(hidden, f"{name}.post_attention_layernorm")
             hidden = hidden + self._mlp(normed, f"{name}.mlp")
@@ -167,7 +170,7 @@ class MaskedLlama:
         budgets: Sequence[HeadBudget],
         page_size: int,
         layer: int,
-        judge: Judge | None,
+        thins: tuple[Judge, Collection[int]] | None,
     ) -> Tensor:
         shape, tokens = self.shape, len(hidden)
         query = self._project(hidden, f"{name}.q_proj").view(
@@ -188,8 +191,9 @@ class MaskedLlama:
             kv_head = head // group
             budget = budgets[kv_head]
             mask = self._mask(layer, budget, tokens, page_size)
-            if judge is not None and is_thinned(budget):
-                known = judge, projected, value, page_size
+            if thins is not None and is_thinned(budget):
+                judge, spared = thins
+                known = judge, projected, value, page_size, spared
                 kept = kept_tokens(layer, kv_head, budget, *known)
                 mask = visible_thinned(budget, kept, page_size)
             places = torch.arange(tokens)

@@ -9,7 +9,7 @@ else, causally.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -53,14 +53,18 @@ def groups_of(budget: HeadBudget, tokens: int, page_size: int) -> list[range]:
     ]
 
 
-def best(scores: Sequence[float], keep: int) -> list[int]:
-    """Places of the highest scores; of those equal to 13 bits the later comes first."""
+def best(scores: Sequence[float], keep: int, spared: Collection[int] = ()) -> list[int]:
+    """Places of the highest scores; of those equal to 13 bits the later comes first.
+
+    Places that are ``spared`` come before all others.
+    """
     rounded = []
     for score in scores:
         mantissa, exponent = math.frexp(score)
         size = math.floor(abs(mantissa) * 2**13 + 0.5)  # a half goes away from 0
         rounded.append(math.copysign(math.ldexp(size, exponent), score))
-    order = sorted(range(len(scores)), key=lambda i: (rounded[i], i), reverse=True)
+    places = range(len(scores))
+    order = sorted(places, key=lambda i: (i in spared, rounded[i], i), reverse=True)
     return sorted(order[:keep])
 
 
@@ -72,17 +76,20 @@ def kept_tokens(
     keys: Tensor,
     values: Tensor,
     page_size: int,
+    spared: Collection[int] = (),
 ) -> Tensor:
     """Tell which tokens a head keeps once their groups have left, bool ``[tokens]``.
 
     Args:
         keys, values: ``[tokens, heads, d]``, keys before rotation.
+        spared: positions of tokens that stay before others.
     """
     kept = torch.zeros(len(keys), dtype=torch.bool)
     for group in groups_of(budget, len(keys), page_size):
         places = torch.tensor(group)
         scores = judge(layer, keys[places], values[places])[:, head]
-        kept[places[best(scores.tolist(), budget.keep)]] = True
+        first = [place for place, token in enumerate(group) if token in spared]
+        kept[places[best(scores.tolist(), budget.keep, first)]] = True
     return kept
 
 
