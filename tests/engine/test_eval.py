@@ -24,7 +24,8 @@ from tests.engine.servers import users_environment
 pytestmark = pytest.mark.engine
 
 _LAST_PAGE = "sink-recent:sinks=1,recent=32"
-_SMALL = ("--length", "1024", "--samples", "4", "--policy", _LAST_PAGE)
+_SIZE = ("--length", "1024", "--samples", "2")
+_SMALL = (*_SIZE, "--policy", _LAST_PAGE)
 _TASKS = ("--task", "needle,second-turn,agreement")
 _COMMAND = [str(Path(sys.executable).with_name("kvserve"))]
 
@@ -159,7 +160,7 @@ def _is_healthy(url: str) -> bool:
 def test_a_server_scores_as_its_policy_does_here(
     report: Path, server: str, tmp_path: Path
 ) -> None:
-    asked = ["--length", "1024", "--samples", "4", *_TASKS]
+    asked = [*_SIZE, *_TASKS]
     # The full cache's replies are taken from the report.
     (tmp_path / "cells.jsonl").write_text((report / "cells.jsonl").read_text())
     assert main(["eval", *asked, "--url", server, "--out", str(tmp_path)]) == 0

@@ -67,7 +67,7 @@ def _compare(
 def test_retrieval_finds_needles_that_windows_of_the_same_memory_miss(
     engines: EngineSlot, models: dict[str, Model]
 ) -> None:
-    scores = _compare(engines, models["smollm2"], length=2048, needles=6)
+    scores = _compare(engines, models["smollm2"], length=2048, needles=4)
     assert scores["full"] == 1
     assert scores["retrieval"] >= scores["full"] - 0.02
     assert scores["sink-recent"] <= scores["retrieval"] - 0.3
