@@ -2,7 +2,8 @@
 """What scorers of thinned history are worth, by masks instead of an engine.
 
     python -m benchmarks.thinning_masks [--length 2500] [--budget-length 4096]
-        [--contexts 4] [--scorers knorm keydiff kvzap oracle] [--budgets 0.25 0.125]
+        [--contexts 4] [--first-context 0]
+        [--scorers knorm keydiff kvzap oracle] [--budgets 0.25 0.125]
 
 Numbers are hidden in a held-out novel, two for each of several wordings, and each is
 asked for twice: at once, and in a second turn that follows the question for another.
@@ -330,7 +331,8 @@ def main() -> None:
     args = _arguments()
     model_dir = str(embedded_model())
     model, tokenizer = load_model(model_dir, {})
-    cases = [build_case(tokenizer, args.length, i) for i in range(args.contexts)]
+    indices = range(args.first_context, args.first_context + args.contexts)
+    cases = [build_case(tokenizer, args.length, index) for index in indices]
     known: list[Tensor] = []
     if "oracle" in args.scorers:
         known = oracle_scores(model_dir, cases, -(-args.length // 3900))
@@ -397,6 +399,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2500)
     parser.add_argument("--budget-length", type=int, default=4096)
     parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--first-context", type=int, default=0)
     names = [*_POLICIES, "oracle"]
     parser.add_argument("--scorers", nargs="+", choices=names, default=names)
     budgets = [0.25, 0.15, 0.125, 0.1]
