@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.kernels.cases import INTERPRETED
 
-from benchmarks import gpu_rows  # noqa: E402
+# After the check that there is something to run Triton.
+from benchmarks import gpu_rows  # isort: skip
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,6 @@ Needs no vLLM. Without a GPU, ``TRITON_INTERPRET=1`` runs most of it on the CPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,23 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvserve.kernels import statistics
-from kvserve.kernels.statistics import CachedRows
+from kvserve.engine.devices.uploads import Buffer
+from kvserve.kernels import reference, statistics
+from tests.kernels.cases import DEVICE, INTERPRETED
+from tests.kernels.device_cache import GROUP, LENGTHS, PAGES, SCALE, SIZE, WIDTH, Cache
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-
-from kvserve.engine.devices.gpu import TritonDevice, TritonRows  # noqa: E402
-from kvserve.engine.devices.uploads import Buffer  # noqa: E402
-from kvserve.kernels import reference  # noqa: E402
+# After the check that there is something to run Triton.
+from kvserve.engine.devices.gpu import TritonRows  # isort: skip
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-GROUP, WIDTH, SIZE, PAGES = 3, 64, 32, 40
-SCALE = WIDTH**-0.5
-LENGTHS = [40, 5, 64, 1, 97]
 
 
 @contextmanager
@@ -46,36 +37,6 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-class Cache:
-    """Rows of random keys on random pages, written by the device."""
-
-    def __init__(self, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.device = TritonDevice(DEVICE, GROUP)
-        self.pool = torch.zeros(PAGES, 1, SIZE, 2 * WIDTH, device=DEVICE)
-        self.lengths = torch.tensor(LENGTHS, device=DEVICE)
-        width = -(-max(LENGTHS) // SIZE) + 2
-        order = 1 + torch.randperm(PAGES - 1)[: len(LENGTHS) * width]
-        self.table = order.view(len(LENGTHS), width).int().to(DEVICE)
-        self.slots = torch.cat(
-            [
-                page * SIZE + torch.arange(SIZE, device=DEVICE)
-                for page in self.table.long().flatten()
-            ]
-        )
-        self.keys, self.values = torch.randn(2, len(self.slots), WIDTH, device=DEVICE)
-        self.device.write(self.keys, self.values, self.pool, self.slots)
-        self.query = torch.randn(len(LENGTHS), GROUP, WIDTH, device=DEVICE)
-
-    def rows(self, *which: int) -> CachedRows:
-        chosen = torch.tensor(which, device=DEVICE)
-        width = -(-max(LENGTHS[row] for row in which) // SIZE)
-        return CachedRows(self.table, self.lengths, chosen, SIZE, width)
-
-    def keys_of(self, cached: CachedRows) -> Tensor:
-        return self.device.read_keys(self.pool, cached.pages())
 
 
 def test_pages_read_as_they_were_written() -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -14,25 +12,19 @@ from kvserve.engine.batch.rows import RowShapes
 from kvserve.kernels import reference
 from kvserve.kernels.page_formats import FP8, INT8, PageFormat
 from kvserve.kernels.score_form import RowScores
-
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-
-from kvserve.kernels import triton_rows  # noqa: E402
-from tests.kernels.test_triton_device import GROUP, SCALE, WIDTH, Cache  # noqa: E402
-from tests.kernels.test_triton_pages import stored  # noqa: E402
-from tests.kernels.test_triton_rows import (  # noqa: E402
+from tests.kernels.cases import (
     DEVICE,
     DTYPES,
     ERROR,
+    HEADS,
     Case,
+    check_attention,
     make_case,
-    relative_error,
+    make_scores,
+    stored,
 )
-from tests.kernels.test_triton_scores import HEADS, make_scores  # noqa: E402
-from tests.unit.score_forms import FORMS, make_form  # noqa: E402
+from tests.kernels.device_cache import GROUP, SCALE, WIDTH, Cache
+from tests.unit.score_forms import FORMS, make_form
 
 pytestmark = pytest.mark.gpu
 Row = tuple[int, int, tuple[int, int]]
@@ -76,18 +68,10 @@ def check(
     scores: RowScores | None = None,
 ) -> None:
     """Compare attention, and what tokens draw, with float64."""
-    out, mass = torch.full_like(case.query, float("nan")), case.empty_mass()
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
-    triton_rows.row_attention(
-        case.query, pool, *rows, out, MOST_QUERIES, mass, page_format, scores, gaps
-    )
-    double = as_read.query.double(), as_read.pool.double()
-    drawn = torch.ones(mass.drawn.shape, device=DEVICE)
-    reference.add_row_mass(*double, *rows, drawn, scores, gaps)
-    wanted = reference.row_attention(*double, *rows, scores, gaps)
-    assert relative_error(out, wanted) < ERROR[out.dtype]
-    worst = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=0.05)
-    assert worst.max() < 5 * ERROR[out.dtype]
+    mass = case.empty_mass()
+    out = case.run(MOST_QUERIES, mass, pool, page_format, scores, gaps)
+    check_attention(out, as_read.wanted(scores, gaps))
+    drawn = as_read.wanted_mass(scores, gaps)
     assert (mass.drawn - drawn).abs().max() < ERROR[out.dtype]
 
 
@@ -118,11 +102,8 @@ def test_gaps_in_pages_of_bytes(page_format: PageFormat) -> None:
 
 def test_gaps_without_keys_change_nothing() -> None:
     case = make_case([(1, 1500), (9, 40)], group=3, head_size=64, page_size=32)
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
-    out = torch.full_like(case.query, float("nan"))
     none = torch.tensor([[0, 0], [7, 7]], dtype=torch.int32, device=DEVICE)
-    triton_rows.row_attention(case.query, case.pool, *rows, out, 9, gaps=none)
-    assert torch.equal(out, case.run(max_query_len=9))
+    assert torch.equal(case.run(9, gaps=none), case.run(9))
 
 
 def test_the_reference_sees_what_a_row_without_the_keys_would() -> None:

@@ -6,30 +6,27 @@ Without a GPU, ``TRITON_INTERPRET=1 pytest tests/kernels`` runs them on the CPU.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
 
 from kvserve.kernels import reference
+from tests.kernels.cases import (
+    DEVICE,
+    DTYPES,
+    ERROR,
+    INTERPRETED,
+    NAN,
+    Case,
+    check_attention,
+    make_case,
+    relative_error,
+)
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-
-import triton.language as tl  # noqa: E402
-
-from kvserve.kernels import triton_pages, triton_rows, triton_splits  # noqa: E402
+# After the check that there is something to run Triton.
+import triton.language as tl  # isort: skip
+from kvserve.kernels import triton_pages, triton_rows, triton_splits  # isort: skip
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
-ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# The interpreter multiplies bfloat16 matrices as if they were integers.
-DTYPES = [dtype for dtype in ERROR if not (INTERPRETED and dtype is torch.bfloat16)]
-NAN = float("nan")
 # (queries, keys) of each row: decode, empty, bounded blocks, a long chunk; lengths at,
 # just below and just above page and tile edges; more queries than keys.
 # The interpreter takes seconds for chunks of more tiles, which differ in number alone.
@@ -42,86 +39,8 @@ MIXED = [
 DECODE = [row for row in MIXED if row[0] < 2]
 
 
-@dataclass
-class Case:
-    scale: float
-    query: Tensor
-    pool: Tensor
-    query_start: Tensor
-    seq_lens: Tensor
-    page_table: Tensor
-
-    def run(self, max_query_len: int, mass: triton_rows.Mass | None = None) -> Tensor:
-        out = torch.full_like(self.query, NAN)
-        rows = self.query_start, self.seq_lens, self.page_table
-        triton_rows.row_attention(
-            self.query, self.pool, *rows, self.scale, out, max_query_len, mass
-        )
-        return out
-
-    def empty_mass(self) -> triton_rows.Mass:
-        """Some mass in every slot already, and garbage to work in."""
-        pages, _, page_size, _ = self.pool.shape
-        scores = self.pool.new_full(
-            (pages, page_size, self.query.shape[1]), NAN, dtype=torch.float32
-        )
-        return triton_rows.Mass(torch.ones_like(scores[..., 0]), scores)
-
-    def wanted_mass(self) -> Tensor:
-        drawn = torch.ones(self.pool.shape[0], self.pool.shape[2], device=DEVICE)
-        rows = self.query_start, self.seq_lens, self.page_table
-        query, pool = self.query.double(), self.pool.double()
-        reference.add_row_mass(query, pool, *rows, self.scale, drawn)
-        return drawn
-
-    def wanted(self) -> Tensor:
-        return reference.row_attention(
-            self.query.double(),
-            self.pool.double(),
-            self.query_start,
-            self.seq_lens,
-            self.page_table,
-            self.scale,
-        )
-
-
-def make_case(
-    lengths: list[tuple[int, int]],
-    group: int = 4,
-    head_size: int = 128,
-    page_size: int = 16,
-    dtype: torch.dtype = DTYPES[-1],
-) -> Case:
-    """Random rows on shuffled pages; what no row may read is NaN or page -1. Page 0,
-    where masked look-ups end, is never a row's."""
-    q_lens, seq_lens = torch.tensor(lengths).unbind(1)
-    pages = -(-seq_lens // page_size)
-    num_pages = int(pages.sum()) + 3
-    pool = torch.full((num_pages, 1, page_size, 2 * head_size), NAN, dtype=dtype)
-    page_table = torch.full((len(lengths), int(pages.max()) + 2), -1, dtype=torch.int32)
-    order = 1 + torch.randperm(num_pages - 1)[: int(pages.sum())]
-    for row, own in enumerate(order.split_with_sizes(pages.tolist())):
-        page_table[row, : len(own)] = own
-        token = torch.arange(int(seq_lens[row]))
-        slots = own[token // page_size] * page_size + token % page_size
-        keys, values = torch.randn(2, len(token), head_size).to(dtype)
-        reference.write_rows(keys, values, pool, slots)
-    query = torch.randn(int(q_lens.sum()), group, head_size).to(dtype)
-    query_start = torch.cat([torch.zeros(1), q_lens.cumsum(0)]).int()
-    tensors = query, pool, query_start, seq_lens.int(), page_table
-    return Case(head_size**-0.5, *(tensor.to(DEVICE) for tensor in tensors))
-
-
-def relative_error(out: Tensor, wanted: Tensor) -> float:
-    return float((out.double() - wanted).norm() / wanted.norm())
-
-
 def check(case: Case, max_query_len: int) -> None:
-    out, wanted = case.run(max_query_len), case.wanted()
-    assert relative_error(out, wanted) < ERROR[out.dtype]
-    # Norms hide a wrong short row behind many right ones: look at the worst query.
-    worst = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=0.05)
-    assert worst.max() < 5 * ERROR[out.dtype]
+    check_attention(case.run(max_query_len), case.wanted())
 
 
 @pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])

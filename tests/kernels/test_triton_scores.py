@@ -7,42 +7,26 @@ The reference itself is held against float64 key by key in
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from kvserve.engine.batch.rows import RowShapes
 from kvserve.kernels import reference, statistics
 from kvserve.kernels.page_formats import INT8
 from kvserve.kernels.score_form import Positions, RowScores, ScoreForm
-
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-
-from kvserve.kernels import triton_rows  # noqa: E402
-from tests.kernels.test_triton_device import (  # noqa: E402
-    GROUP,
-    PAGES,
-    SCALE,
-    SIZE,
-    WIDTH,
-    Cache,
-)
-from tests.kernels.test_triton_pages import stored  # noqa: E402
-from tests.kernels.test_triton_rows import (  # noqa: E402
+from tests.kernels.cases import (
     DEVICE,
     DTYPES,
     ERROR,
-    Case,
+    HEADS,
     make_case,
+    make_scores,
     relative_error,
+    stored,
 )
-from tests.unit.score_forms import (  # noqa: E402
+from tests.kernels.device_cache import GROUP, PAGES, SCALE, SIZE, WIDTH, Cache
+from tests.unit.score_forms import (
     FORMS,
     LAST,
     LOUD,
@@ -52,32 +36,8 @@ from tests.unit.score_forms import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.gpu
-HEADS = 2
 MIXED = [(1, 1), (1, 1500), (0, 30), (32, 96), (0, 0), (20, 20), (1, 64), (2, 65)]
 ALL = FORMS[-1]
-
-
-def make_scores(case: Case, form: ScoreForm) -> RowScores:
-    """Give each row a KV head, and tokens and positions of its own."""
-    lengths, page_size = case.seq_lens.tolist(), case.pool.shape[2]
-    slots, _ = scattered_positions(
-        case.page_table.cpu(), lengths, 1, len(case.pool), page_size
-    )
-    starts = case.query_start.cpu()
-    order = torch.randperm(len(lengths))
-    first = (starts[:-1] * HEADS + order % HEADS).to(DEVICE)
-    # Where a row's last query stands does not matter, but that they follow one another.
-    own = LAST + torch.arange(int(starts[-1])).int()
-    return RowScores(form, first, Positions(slots.to(DEVICE), own.to(DEVICE)))
-
-
-def wanted(case: Case, scores: RowScores) -> tuple[Tensor, Tensor]:
-    """Attention and mass, in float64."""
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
-    double = case.query.double(), case.pool.double()
-    drawn = torch.ones(case.pool.shape[0], case.pool.shape[2], device=DEVICE)
-    reference.add_row_mass(*double, *rows, drawn, scores)
-    return reference.row_attention(*double, *rows, scores), drawn
 
 
 @pytest.mark.parametrize(
@@ -92,14 +52,10 @@ def test_attention_and_mass(parts: str, group: int, dtype: torch.dtype) -> None:
     case = make_case(MIXED, group=group, head_size=64, page_size=32, dtype=dtype)
     case.query *= LOUD
     scores = make_scores(case, make_form(parts, HEADS * group, DEVICE))
-    out, mass = torch.full_like(case.query, float("nan")), case.empty_mass()
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
-    triton_rows.row_attention(
-        case.query, case.pool, *rows, out, 32, mass, scores=scores
-    )
-    attention, drawn = wanted(case, scores)
-    assert relative_error(out, attention) < ERROR[dtype]
-    assert (mass.drawn - drawn).abs().max() < ERROR[dtype]
+    mass = case.empty_mass()
+    out = case.run(32, mass, scores=scores)
+    assert relative_error(out, case.wanted(scores)) < ERROR[dtype]
+    assert (mass.drawn - case.wanted_mass(scores)).abs().max() < ERROR[dtype]
 
 
 def test_pages_of_bytes() -> None:
@@ -107,12 +63,8 @@ def test_pages_of_bytes() -> None:
     case = make_case(MIXED, head_size=64, page_size=32, dtype=torch.float32)
     pool, as_read = stored(case, INT8)
     scores = make_scores(case, make_form(ALL, HEADS * 4, DEVICE))
-    out = torch.full_like(case.query, float("nan"))
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
-    triton_rows.row_attention(
-        case.query, pool, *rows, out, 32, None, INT8, scores=scores
-    )
-    assert relative_error(out, wanted(as_read, scores)[0]) < 1e-5
+    out = case.run(32, None, pool, INT8, scores)
+    assert relative_error(out, as_read.wanted(scores)) < 1e-5
 
 
 def device_case() -> tuple[Cache, Positions]:
@@ -169,9 +121,6 @@ def test_the_device_knows_the_heads_of_rows_in_a_mixed_step(heads: int) -> None:
 
 def test_slopes_without_positions_are_refused() -> None:
     case = make_case([(1, 9)], head_size=64)
-    rows = case.query_start, case.seq_lens, case.page_table, case.scale
     scores = RowScores(ScoreForm(alibi_slopes=torch.ones(4)), case.query_start)
     with pytest.raises(ValueError, match="positions"):
-        triton_rows.row_attention(
-            case.query, case.pool, *rows, case.query, 1, scores=scores
-        )
+        case.run(1, scores=scores)
