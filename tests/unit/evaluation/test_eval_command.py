@@ -23,12 +23,13 @@ from tests.unit.byte_tokenizer import byte_tokenizer
 from tests.unit.fake_backend import FakeBackend
 
 SHAPE = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64)
+TOKENIZER = byte_tokenizer()
 
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of which there is nothing but its tokenizer."""
-    made = EvaluatedModel("path", SHAPE, 8192, byte_tokenizer(), 1)
+    made = EvaluatedModel("path", SHAPE, 8192, TOKENIZER, 1)
     monkeypatch.setattr(command, "load_model", lambda _: made)
 
 
@@ -61,7 +62,7 @@ class Knowing(FakeBackend):
         import re
 
         reply = super()._reply(number, request)
-        prompt = byte_tokenizer().decode(request.prompt)
+        prompt = TOKENIZER.decode(request.prompt)
         (found,) = re.findall(r"is: (\d{5})", prompt)
         return dataclasses.replace(reply, text=found if self._share >= 0.4 else "?")
 
@@ -188,7 +189,7 @@ def test_both_places_of_a_question_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_ruler_is_all_of_its_tasks_once() -> None:
     args = parse("--task", "vt,ruler", "--samples", "1")
-    made = assignments_of(args, [4000], byte_tokenizer(), load_book("persuasion"))
+    made = assignments_of(args, [4000], TOKENIZER, load_book("persuasion"))
     assert [one.task.name for one in made] == list(groups()["ruler"])
 
 
@@ -263,7 +264,7 @@ def test_results_of_another_seed_are_refused(
 
 
 def test_a_pool_holds_eight_full_requests_unless_it_is_given() -> None:
-    model = EvaluatedModel("path", SHAPE, 8192, byte_tokenizer(), 1)
+    model = EvaluatedModel("path", SHAPE, 8192, TOKENIZER, 1)
     page = 2 * 64 * 32 * 2
     needed = 8 * 30 * 3 * (4096 // 32) * page
     assert needed < LocalEngine(model, "bfloat16", 4096).pool() < 1.1 * needed

@@ -9,8 +9,18 @@ import sys
 import psutil
 import pytest
 
+# Without vLLM, which takes seconds to import, and whose functions are not called here.
 _PARENT = """
 import multiprocessing, signal, sys, time
+from types import ModuleType, SimpleNamespace
+
+names = ["vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.core", "vllm.v1.utils"]
+sys.modules |= {{name: ModuleType(name) for name in names}}
+sys.modules["vllm.v1"].utils = sys.modules["vllm.v1.utils"]
+sys.modules["vllm.v1.utils"].run_api_server_worker_proc = None
+stock = SimpleNamespace(run_engine_core=None)
+sys.modules["vllm.v1.engine.core"].EngineCoreProc = stock
+
 from kvserve.engine.scheduling import orphans
 
 def engine(deaf):
