@@ -34,6 +34,12 @@ commands:
 `kvserve COMMAND --help` shows examples.
 """
 
+_BUDGETS = """\
+Every policy takes a budget besides: NAME:budget=25% of the KV entries of the longest
+request, or NAME:budget=512 tokens. Policies that free as they read (prefill=streaming)
+take a range too: `kvserve serve --policy kvzap:budget=50%..12.5%` gives each request
+the largest budget with which all that wait fit."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; mistakes of the user end in one line and exit code 2."""
@@ -134,7 +140,10 @@ def _policies(argv: list[str]) -> int:
     from policies.registry import available_policies
 
     argparse.ArgumentParser(
-        prog="kvserve policies", description="List the cache policies."
+        prog="kvserve policies",
+        description="List the cache policies.",
+        epilog=_BUDGETS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     for name, cls in available_policies().items():
         alias = "" if name == cls.name else f" (alias of {cls.name})"
@@ -148,6 +157,7 @@ def _policies(argv: list[str]) -> int:
         print(f"  {', '.join(facts)}")
         for field in dataclasses.fields(cls):
             print(f"    {_parameter_line(field)}")
+    print(f"\n{_BUDGETS}")
     return 0
 
 

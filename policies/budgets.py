@@ -17,7 +17,6 @@ measures, a request its own prompt and longest reply.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,12 +31,11 @@ from policies.registry import (
     parse_arguments,
     read_policy,
 )
+from policies.shares import Budget, levels_between, parse_range
 
 PAGE = 32
 SINKS = 32
 LEAST = 64
-_LONG = 1 << 40
-"""Tokens of a request in which budgets in tokens are shares of different size."""
 Arguments = dict[str, Any]
 
 RULES = {
@@ -55,82 +53,6 @@ RULES = {
     "knorm": "budget=s, length=N",
     "sharded": "stride=2/s, local_blocks fill; model not trained for it",
 }
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A share of the KV entries of a request, or tokens of every head."""
-
-    share: float | None = None
-    tokens: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read ``0.25``, ``25%`` or ``512``.
-
-        Raises:
-            UserError: it is none of these.
-        """
-        try:
-            if text.endswith("%"):
-                return cls._of_share(float(text[:-1]) / 100)
-            value = float(text)
-        except ValueError:
-            raise _bad_budget(text) from None
-        if value <= 1:
-            return cls._of_share(value)
-        if not math.isfinite(value) or value != int(value):
-            raise _bad_budget(text)
-        return cls(tokens=int(value))
-
-    @classmethod
-    def _of_share(cls, share: float) -> Budget:
-        if not 0 < share <= 1:
-            raise _bad_budget(str(share))
-        return cls(share=share)
-
-    def share_of(self, length: int) -> float:
-        """The budget as a share of a request of ``length`` tokens."""
-        if self.share is not None:
-            return self.share
-        assert self.tokens is not None
-        return min(self.tokens / length, 1.0)
-
-    def scaled(self, part: float) -> Budget:
-        """A part of the budget."""
-        if self.share is not None:
-            return Budget(share=round(self.share * part, 4))
-        assert self.tokens is not None
-        return Budget(tokens=round(self.tokens * part))
-
-
-def _parse_range(text: str) -> tuple[Budget, Budget | None]:
-    """Read a budget, or a range ``50%..12.5%``: the largest and the least.
-
-    Raises:
-        UserError: it is neither.
-    """
-    ends = text.split("..")
-    if len(ends) > 2 or not all(ends):
-        raise _bad_budget(text)
-    largest, *least = map(Budget.parse, ends)
-    if not least:
-        return largest, None
-    if (largest.share is None) != (least[0].share is None):
-        raise UserError(f"--policy: budget={text}: give two shares, or tokens twice")
-    if not largest.share_of(_LONG) > least[0].share_of(_LONG):
-        raise UserError(
-            f"--policy: budget={text}: a range goes from the largest budget down to "
-            "the least, such as 50%..12.5%"
-        )
-    return largest, least[0]
-
-
-def _bad_budget(text: str) -> UserError:
-    return UserError(
-        f"--policy: budget={text}: give a share of the KV entries such as 0.25 or 25%, "
-        "tokens such as 512, or for a server a range such as 50%..12.5%"
-    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +98,7 @@ class PolicySpec:
         budget = from_file.pop("budget", None)
         budget = own.pop("budget", budget)
         create_policy(name, {**from_file, **own})
-        ends = (None, None) if budget is None else _parse_range(str(budget))
+        ends = (None, None) if budget is None else parse_range(str(budget))
         given = tuple(own.items()), ends[0], tuple(from_file.items()), ends[1]
         return cls(text, name, *given)
 
@@ -189,14 +111,11 @@ class PolicySpec:
     def levels(self) -> tuple[PolicySpec, ...]:
         """The policy with each budget of a range, the largest first.
 
-        Each is about 1.4 times the next, so that few requests keep what differs.
+        Each is at most the square root of two times the next, but for rounding.
         """
         if self.budget is None or self.least is None:
             return (self,)
-        ratio = self.least.share_of(_LONG) / self.budget.share_of(_LONG)
-        steps = max(round(-2 * math.log2(ratio)), 1)
-        parts = [ratio ** (step / steps) for step in range(steps)]
-        budgets = [*map(self.budget.scaled, parts), self.least]
+        budgets = levels_between(self.budget, self.least)
         return tuple(
             dataclasses.replace(self, budget=budget, least=None) for budget in budgets
         )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from kvserve.errors import UserError
 from kvserve.evaluation.contenders import PolicyContender
-from policies.budgets import Budget, PolicySpec, split_policy
+from policies.budgets import PolicySpec, split_policy
+from policies.shares import Budget
 
 LADDER = ("50%", "25%", "12.5%", "6.25%")
 

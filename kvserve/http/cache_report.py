@@ -49,6 +49,14 @@ class PolicyReport:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """Requests with one budget of a range: that hold pages, and that ever began."""
+
+    running: int
+    begun: int
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """What running requests hold under a policy.
 
@@ -64,6 +72,7 @@ class CacheReport:
         selection_seconds: spent on choosing what survives since the start.
         compaction_seconds: spent on moving it.
         ended: totals of requests that ended, by policy; ``None`` where all have one.
+        budgets: of a range, the largest first; ``None`` where there is one budget.
     """
 
     pages_total: int
@@ -78,6 +87,7 @@ class CacheReport:
     compaction_seconds: float
     requests: list[RequestReport]
     ended: dict[str, dict[str, int]] | None
+    budgets: list[BudgetReport] | None
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> CacheReport:
@@ -92,6 +102,7 @@ class CacheReport:
             entries_retained=entries.tolist(),
             requests=[RequestReport(**row) for row in rows],
             ended=_add_up([cache["ended"] for cache in caches]),
+            budgets=_of_budgets([cache["budgets"] for cache in caches]),
             **{name: sum(cache[name] for cache in caches) for name in _SUMMED},
         )
 
@@ -143,6 +154,21 @@ def _policy_report(held: list[int], ended: Mapping[str, int]) -> PolicyReport:
         entries_seen=ended.get("entries_seen", 0),
         entries_retained=ended.get("entries_retained", 0),
     )
+
+
+def _of_budgets(
+    parts: Sequence[Sequence[Mapping[str, int]] | None],
+) -> list[BudgetReport] | None:
+    """Add up what several engines with the same range say of each budget."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return [
+        BudgetReport(
+            sum(one["running"] for one in same), sum(one["begun"] for one in same)
+        )
+        for same in zip(*known, strict=True)
+    ]
 
 
 def _add_up(

@@ -15,8 +15,23 @@ from vllm.config import VllmConfig
 
 from kvserve.engine.start.layers import model_shape_of
 from kvserve.engine.start.preflight import page_bytes_of
-from kvserve.engine.start.support import fits, pages_hold, rule_of, scratch_of
-from kvserve.http.models import Budgets, PlanBody, PolicyBody, Profile, Served
+from kvserve.engine.start.support import (
+    budgets_of,
+    fits,
+    pages_hold,
+    rule_of,
+    scratch_of,
+)
+from kvserve.http.models import (
+    Budgets,
+    Level,
+    PlanBody,
+    PlanLevel,
+    PolicyBody,
+    Profile,
+    Served,
+)
+from kvserve.plan.rule import Rule
 from policies.base import Policy
 from policies.files import read_bytes
 from policies.registry import changed_arguments
@@ -30,6 +45,7 @@ class ServedPolicy:
         self.rule = rule_of(config)
         self._policy: Policy = self.rule.policy
         self.page_bytes = page_bytes_of(config)
+        self._levels = budgets_of(config)
 
     @property
     def name(self) -> str:
@@ -47,6 +63,11 @@ class ServedPolicy:
     def changed_arguments(self) -> str:
         """Arguments that are not the defaults, as ``key=value`` with commas."""
         return changed_arguments(self._policy)
+
+    @property
+    def budgets(self) -> list[str]:
+        """Names of the budgets of a range, the largest first; none without a range."""
+        return list(self._levels)
 
     def describe(self, context: int) -> PolicyBody:
         """Describe the policy, with budgets for requests of ``context`` tokens."""
@@ -67,31 +88,50 @@ class ServedPolicy:
             budgets=self._budgets(context),
             profiles=self._profiles,
             request_policies=self.rule.mixed,
+            levels=[
+                Level(
+                    budget=name,
+                    arguments=dataclasses.asdict(rule.policy),
+                    kept=rule.pages(context) / self.rule.full.pages(context),
+                )
+                for name, rule in self._levels.items()
+            ]
+            or None,
         )
 
     def plan(self, context: int, pool: int) -> PlanBody:
-        """Work out what a request of ``context`` tokens costs.
+        """Work out what a request of ``context`` tokens costs, at least.
 
         Args:
             pool: pages that requests can have.
         """
-        rule = self.rule
-        pages, full = rule.pages(context), rule.full.pages(context)
-        peak = rule.most_pages(context)
+        rule, full = self.rule, self.rule.full.pages(context)
         # A cache that evicts nothing needs no scratch: its pages are requests', too.
         full_pool = pool + scratch_of(self._config, rule)
         return PlanBody(
             context=context,
-            pages=pages,
-            pages_peak=max(peak, pages),
             pages_full=full,
-            bytes=pages * self.page_bytes,
             bytes_full=full * self.page_bytes,
-            kept=pages / full,
             pool_pages=pool,
-            requests_fit=fits(rule, context, pool),
             requests_fit_full=full_pool // full,
+            **self._cost(rule, context, pool),
+            levels=[
+                PlanLevel(budget=name, **self._cost(level, context, pool))
+                for name, level in self._levels.items()
+            ]
+            or None,
         )
+
+    def _cost(self, rule: Rule, context: int, pool: int) -> dict[str, Any]:
+        """Pages of a request under a rule, and how many such fit."""
+        pages = rule.pages(context)
+        return {
+            "pages": pages,
+            "pages_peak": max(rule.most_pages(context), pages),
+            "bytes": pages * self.page_bytes,
+            "kept": pages / rule.full.pages(context),
+            "requests_fit": fits(rule, context, pool),
+        }
 
     def _budgets(self, context: int) -> Budgets:
         rule = self.rule

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from kvserve.http.cache_report import EngineReport, PolicyReport
+from kvserve.http.cache_report import BudgetReport, EngineReport, PolicyReport
 
 # By name: the help text, and where a report has the value.
 GAUGES: dict[str, tuple[str, str]] = {
@@ -99,12 +99,28 @@ POLICY_COUNTERS: dict[str, tuple[str, str]] = {
 }
 
 
+# Of each budget of a range: there only where a server has one.
+BUDGET_GAUGES: dict[str, tuple[str, str]] = {
+    "kvserve_budget_requests_running": (
+        "Requests with the budget that hold pages.",
+        "running",
+    ),
+}
+BUDGET_COUNTERS: dict[str, tuple[str, str]] = {
+    "kvserve_budget_requests_begun_total": (
+        "Requests that began with the budget.",
+        "begun",
+    ),
+}
+
+
 class KVMetrics:
     """Keeps the metrics of a server.
 
     Args:
         policy, arguments, model: labels of ``kvserve_policy_info``.
         registry: where to register; the default is what ``/metrics`` serves.
+        budgets: names of the budgets of a range, the largest first.
     """
 
     def __init__(
@@ -113,8 +129,9 @@ class KVMetrics:
         arguments: str,
         model: str,
         registry: CollectorRegistry = REGISTRY,
+        budgets: Sequence[str] = (),
     ) -> None:
-        self._registry = registry
+        self._registry, self._budgets = registry, budgets
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._counted = dict.fromkeys(COUNTERS, 0.0)
@@ -142,27 +159,39 @@ class KVMetrics:
             self._counters[name].inc(max(now - self._counted[name], 0))
             self._counted[name] = now
         if cache.ended is not None:
-            self._update_policies(cache.by_policy)
+            reports = cache.by_policy
+            self._update_labelled("policy", reports, POLICY_GAUGES, POLICY_COUNTERS)
+            for name in POLICY_GAUGES:
+                for policy in self._policies - set(reports):
+                    self._gauges[name].labels(policy).set(0)
+            self._policies.update(reports)
+        if cache.budgets is not None:
+            budgets = dict(zip(self._budgets, cache.budgets, strict=True))
+            self._update_labelled("budget", budgets, BUDGET_GAUGES, BUDGET_COUNTERS)
 
-    def _update_policies(self, reports: Mapping[str, PolicyReport]) -> None:
-        for name, (text, attribute) in POLICY_GAUGES.items():
+    def _update_labelled(
+        self,
+        label: str,
+        reports: Mapping[str, PolicyReport] | Mapping[str, BudgetReport],
+        gauges: Mapping[str, tuple[str, str]],
+        counters: Mapping[str, tuple[str, str]],
+    ) -> None:
+        """Take over reports by the value of a label."""
+        for name, (text, attribute) in gauges.items():
             if name not in self._gauges:
-                self._gauges[name] = self._gauge(name, text, ["policy"])
-            for policy in self._policies - set(reports):
-                self._gauges[name].labels(policy).set(0)
-            for policy, report in reports.items():
-                self._gauges[name].labels(policy).set(getattr(report, attribute))
-        for name, (text, attribute) in POLICY_COUNTERS.items():
+                self._gauges[name] = self._gauge(name, text, [label])
+            for value, report in reports.items():
+                self._gauges[name].labels(value).set(getattr(report, attribute))
+        for name, (text, attribute) in counters.items():
             if name not in self._counters:
                 self._counters[name] = Counter(
-                    name, text, ["policy"], registry=self._registry
+                    name, text, [label], registry=self._registry
                 )
-            for policy, report in reports.items():
-                key, now = f"{name} {policy}", float(getattr(report, attribute))
+            for value, report in reports.items():
+                key, now = f"{name} {value}", float(getattr(report, attribute))
                 before = self._counted.get(key, 0.0)
-                self._counters[name].labels(policy).inc(max(now - before, 0))
+                self._counters[name].labels(value).inc(max(now - before, 0))
                 self._counted[key] = now
-        self._policies.update(reports)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         return Gauge(

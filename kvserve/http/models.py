@@ -76,6 +76,16 @@ class Budgets(Body):
     )
 
 
+class Level(Body):
+    """A budget of a range, and what the policy makes of it."""
+
+    budget: str = Field(examples=["35.36%"])
+    arguments: dict[str, Any]
+    kept: float = Field(
+        description="Share of the full cache at `context` tokens.", examples=[0.35]
+    )
+
+
 class PolicyBody(Body):
     object: Literal["kv.policy"] = "kv.policy"
     policy: str = Field(
@@ -116,6 +126,11 @@ class PolicyBody(Body):
         "in `vllm_xargs`.",
         examples=[False],
     )
+    levels: list[Level] | None = Field(
+        default=None,
+        description="Of a range of budgets, the largest first; all else here is of the "
+        "least. Null where there is one budget.",
+    )
 
 
 class Pages(Body):
@@ -146,6 +161,14 @@ class Running(Body):
     policy: str = Field(description="Its policy's name.", examples=["retrieval"])
 
 
+class BudgetUse(Body):
+    """Requests with one budget of a range."""
+
+    budget: str = Field(examples=["35.36%"])
+    running: int = Field(description="That hold pages.", examples=[3])
+    begun: int = Field(description="That began with it, ever.", examples=[120])
+
+
 class Cache(Body):
     """What running requests hold."""
 
@@ -164,6 +187,10 @@ class Cache(Body):
     selection_seconds: float = Field(description="Since the start.", examples=[0.0])
     compaction_seconds: float = Field(description="Since the start.", examples=[0.4])
     requests: list[Running]
+    budgets: list[BudgetUse] | None = Field(
+        default=None,
+        description="Of a range, the largest first; null where there is one budget.",
+    )
 
 
 class Latency(Body):
@@ -250,6 +277,17 @@ class Receipts(Body):
     has_more: bool
 
 
+class PlanLevel(Body):
+    """What a request costs with one budget of a range."""
+
+    budget: str = Field(examples=["35.36%"])
+    pages: int = Field(examples=[4077])
+    pages_peak: int = Field(examples=[4077])
+    bytes: int = Field(examples=[33398784])
+    kept: float = Field(examples=[0.354])
+    requests_fit: int = Field(examples=[7])
+
+
 class PlanBody(Body):
     """What a request of ``context`` tokens costs, and how many fit."""
 
@@ -267,4 +305,9 @@ class PlanBody(Body):
     )
     requests_fit_full: int = Field(
         description="The same of a cache that evicts nothing.", examples=[2]
+    )
+    levels: list[PlanLevel] | None = Field(
+        default=None,
+        description="Of a range of budgets, the largest first; all else here is of the "
+        "least. Null where there is one budget.",
     )

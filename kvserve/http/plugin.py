@@ -82,4 +82,5 @@ def _metrics_of(gateway: Gateway, config: Any) -> KVMetrics:
         policy.name if policy else STOCK,
         policy.changed_arguments if policy else "",
         str(config.model_config.served_model_name),
+        budgets=policy.budgets if policy else (),
     )

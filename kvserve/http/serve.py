@@ -39,6 +39,7 @@ from kvserve.start_up import VERBOSE, Address, Progress
 _EXAMPLES = """examples:
   kvserve serve                                  the embedded model, port 8000
   kvserve serve --policy h2o:budget=25%          a quarter of the cache
+  kvserve serve --policy kvzap:budget=50%..12.5%   less where many requests wait
   kvserve serve --policy sink-recent:sinks=32,recent=992
   kvserve serve meta-llama/Llama-3.1-8B-Instruct --policy duo.toml
   kvserve serve --allow-request-policies         a request may name another policy:

@@ -7,7 +7,15 @@ import dataclasses
 
 from kvserve.http.cache_report import CacheReport
 from kvserve.http.gateway import Gateway
-from kvserve.http.models import Bytes, Cache, Integrity, Pages, Running, Stats
+from kvserve.http.models import (
+    BudgetUse,
+    Bytes,
+    Cache,
+    Integrity,
+    Pages,
+    Running,
+    Stats,
+)
 from kvserve.http.sampler import Sample
 from kvserve.http.traffic import read_traffic
 
@@ -22,13 +30,14 @@ def stats_of(
     """
     report = sample.report
     cache = report.cache
+    names = gateway.policy.budgets if gateway.policy else []
     return Stats(
         time=sample.time,
         policy=gateway.policy.name if gateway.policy else "none",
         running=report.running,
         waiting=report.waiting,
         draining=gateway.draining,
-        cache=_cache(cache, sample.evictions_per_second) if cache else None,
+        cache=_cache(cache, sample.evictions_per_second, names) if cache else None,
         traffic=read_traffic(),
         integrity=_integrity(faults),
     )
@@ -38,7 +47,14 @@ def _integrity(faults: list[str] | None) -> Integrity | None:
     return None if faults is None else Integrity(sound=not faults, faults=faults)
 
 
-def _cache(report: CacheReport, evictions_per_second: float) -> Cache:
+def _budgets(report: CacheReport, names: list[str]) -> list[BudgetUse] | None:
+    if report.budgets is None:
+        return None
+    known = zip(names, report.budgets, strict=True)
+    return [BudgetUse(budget=n, **dataclasses.asdict(one)) for n, one in known]
+
+
+def _cache(report: CacheReport, evictions_per_second: float, names: list[str]) -> Cache:
     return Cache(
         pages=Pages(
             total=report.pages_total,
@@ -58,4 +74,5 @@ def _cache(report: CacheReport, evictions_per_second: float) -> Cache:
         selection_seconds=report.selection_seconds,
         compaction_seconds=report.compaction_seconds,
         requests=[Running(**dataclasses.asdict(one)) for one in report.requests],
+        budgets=_budgets(report, names),
     )

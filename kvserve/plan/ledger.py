@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,6 +83,7 @@ class Ledger:
     Attributes:
         tokens: of every request that holds pages; the manager writes it at each step.
         ended: totals by policy, where the scheduler says which requests ended.
+        given: requests that began with each budget of a range, by its place in it.
 
     Args:
         full: the plan of a request that evicts nothing.
@@ -94,6 +95,7 @@ class Ledger:
     ) -> None:
         self.tokens: dict[str, int] = {}
         self.ended: defaultdict[str, Ended] = defaultdict(Ended)
+        self.given: Counter[int] = Counter()
         self._full, self._copies, self._most = full, copies, most_receipts
         self._peaks: dict[str, int] = {}
         self._receipts: OrderedDict[str, Receipt] = OrderedDict()

@@ -79,7 +79,7 @@ def rule_of_request(rule: Rule, params: Any, tokens: int) -> Rule | None:
     if text is not None and rule.mixed:
         named = rule_named(rule, text, tokens)
     elif rule.levels:
-        named = _level_of(rule, said_in(params, LEVEL))
+        named = rule.levels[level_of(rule, params)]
     if spans is None or not rule.protects:
         return named
     own = named or rule.default
@@ -91,11 +91,16 @@ def rule_of_request(rule: Rule, params: Any, tokens: int) -> Rule | None:
     return protecting(own, parse_spans(spans))
 
 
-def _level_of(rule: MixedRule, level: object) -> Rule | None:
-    """The rule of a level, if it is one: clients may write what they like."""
-    if isinstance(level, int) and 0 <= level < len(rule.levels):
-        return rule.levels[level]
-    return None
+def names_policy(rule: MixedRule, params: Any) -> bool:
+    """Whether a request has a policy of its own, and no budget of the server's."""
+    return rule.mixed and said_in(params, POLICY) is not None
+
+
+def level_of(rule: MixedRule, params: Any) -> int:
+    """Which budget of the server's range a request has: the least until it is told."""
+    level, last = said_in(params, LEVEL), len(rule.levels) - 1
+    # Clients may write what they like.
+    return level if isinstance(level, int) and 0 <= level < last else last
 
 
 def without_budget(rule: MixedRule, text: str, tokens: int) -> str:

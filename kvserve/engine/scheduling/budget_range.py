@@ -13,11 +13,13 @@ import copy
 from collections.abc import Iterable
 from itertools import islice
 
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
 
 from kvserve.engine.scheduling.manager import HeadPagedManager
-from kvserve.extra_args import LEVEL, said_in
+from kvserve.extra_args import LEVEL
 from kvserve.plan.mixed import MixedRule
+from kvserve.plan.request_policies import level_of, names_policy
 
 
 class BudgetRange:
@@ -38,6 +40,15 @@ class BudgetRange:
         """Drop a request that will not come back."""
         self._begun.discard(request_id)
 
+    def note_begun(self, requests: Iterable[NewRequestData]) -> None:
+        """Count requests that are computed for the first time, by what they got."""
+        for one in requests:
+            own = names_policy(self._rule, one.sampling_params)
+            if not own and one.req_id not in self._begun:
+                level = level_of(self._rule, one.sampling_params)
+                self._pages.ledger.given[level] += 1
+            self._begun.add(one.req_id)
+
     def share_out(
         self, waiting: Iterable[Request], running: Iterable[Request]
     ) -> list[Request]:
@@ -50,22 +61,24 @@ class BudgetRange:
             Those whose budget is another one than before.
         """
         running = list(running)
-        self._begun.update(one.request_id for one in running)
         could_run = list(islice(waiting, max(self._most - len(running), 0)))
-        begun = [one for one in could_run if self._has_begun(one)]
-        new = [one for one in could_run if not self._has_begun(one)]
+        settled = [one for one in could_run if self._is_settled(one)]
+        new = [one for one in could_run if not self._is_settled(one)]
         if not new:
             return []
         free = self._pages.block_pool.get_num_free_blocks()
-        free -= sum(map(self._missing, [*running, *begun]))
+        free -= sum(map(self._missing, [*running, *settled]))
         level = self._level_for([self._length(one) for one in new], free)
-        changed = [one for one in new if _level_of(one) != level]
+        rule = self._rule
+        changed = [one for one in new if level_of(rule, one.sampling_params) != level]
         for one in changed:
             _note(one, level)
         return changed
 
-    def _has_begun(self, request: Request) -> bool:
-        return request.num_preemptions > 0 or request.request_id in self._begun
+    def _is_settled(self, request: Request) -> bool:
+        """Whether a request has begun, or names a policy itself."""
+        has_begun = request.num_preemptions > 0 or request.request_id in self._begun
+        return has_begun or names_policy(self._rule, request.sampling_params)
 
     def _level_for(self, lengths: list[int], free: int) -> int:
         last = len(self._rule.levels) - 1
@@ -92,7 +105,7 @@ class BudgetRange:
         return self._known[key]
 
     def _missing(self, request: Request) -> int:
-        """Pages that a request which has begun will yet need beyond those it holds.
+        """Pages that a request whose plan is settled will need beyond those it holds.
 
         While it reads it may hold more, which it gives back.
         """
@@ -104,11 +117,6 @@ class BudgetRange:
         return min(
             request.num_prompt_tokens + request.max_tokens, self._rule.max_tokens
         )
-
-
-def _level_of(request: Request) -> int | None:
-    level: int | None = said_in(request.sampling_params, LEVEL)
-    return level
 
 
 def _note(request: Request, level: int) -> None:

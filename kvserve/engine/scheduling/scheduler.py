@@ -43,7 +43,10 @@ class HeadPagedScheduler(Scheduler):
         if self._range is not None:
             for request in self._range.share_out(self.waiting, self.running):
                 self._expect(request)
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if self._range is not None:
+            self._range.note_begun(output.scheduled_new_reqs)
+        return output
 
     def _mamba_block_aligned_split(
         self,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 
 from kvserve.engine.scheduling.manager import HeadPagedManager
 from kvserve.plan.lanes import IntArray
+from kvserve.plan.mixed import MixedRule
+from kvserve.plan.request_policies import level_of, names_policy
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def cache_usage(
     """Add up what running requests hold.
 
     Args:
-        requests: vLLM's requests by name, for the lengths of their prompts.
+        requests: vLLM's requests by name, for prompts and what they ask for.
         workers: one for each rank, in order.
 
     Returns:
@@ -91,6 +93,7 @@ def cache_usage(
         "compaction_seconds": max(one.compaction_seconds for one in workers),
         "requests": rows,
         "ended": _ended(manager),
+        "budgets": _budgets(manager, requests),
     }
 
 
@@ -100,6 +103,23 @@ def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:
         return None
     totals = manager.ledger.ended.items()
     return {policy: dataclasses.asdict(ended) for policy, ended in totals}
+
+
+def _budgets(
+    manager: HeadPagedManager, requests: dict[str, Any]
+) -> list[dict[str, int]] | None:
+    """Requests that run and that began with each budget of a range, if there is one."""
+    rule, ledger = manager.rule, manager.ledger
+    if not (isinstance(rule, MixedRule) and rule.levels):
+        return None
+    params = [requests[name].sampling_params for name in ledger.tokens]
+    running = Counter(
+        level_of(rule, one) for one in params if not names_policy(rule, one)
+    )
+    return [
+        {"running": running[level], "begun": ledger.given[level]}
+        for level in range(len(rule.levels))
+    ]
 
 
 def _of_heads(lanes: IntArray, lane_of_head: IntArray | None) -> IntArray:

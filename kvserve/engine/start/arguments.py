@@ -28,7 +28,9 @@ def add_policy_arguments(
         metavar="NAME[:KEY=VALUE,...]|FILE.toml",
         help="cache policy, a TOML file that sets one, or `none` for stock vLLM; "
         "besides its own parameters every policy takes budget=25%% (of the KV entries "
-        "of the longest request) or budget=512 (tokens); see `kvserve policies`. "
+        "of the longest request) or budget=512 (tokens), and those that free as they "
+        "read a range, budget=50%%..12.5%%: each request gets as much as there is room "
+        "for; see `kvserve policies`. "
         f"Default: `retrieval` where a profile ships for the model, else `full`{again}",
     )
     group.add_argument(

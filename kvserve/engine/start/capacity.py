@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections import Counter
 
@@ -25,6 +26,7 @@ from kvserve.engine.start.preflight import (
     pool_pages,
 )
 from kvserve.engine.start.support import (
+    budgets_of,
     fits,
     full_scratch_of,
     rule_of,
@@ -32,6 +34,7 @@ from kvserve.engine.start.support import (
 )
 from kvserve.errors import UserError
 from kvserve.models import add_model, resolve_model
+from kvserve.plan.rule import Rule
 from kvserve.processor import settle_dtype
 from kvserve.units import format_bytes, parse_bytes
 
@@ -39,6 +42,7 @@ _EXAMPLES = """examples:
   kvserve plan --policy retrieval --max-model-len 8192 --kv-memory 512MiB
   kvserve plan MODEL --policy sink-recent:recent=480 --kv-memory 8G
   kvserve plan --policy h2o:budget=25% --policy snapkv:budget=25% --kv-memory 512MiB
+  kvserve plan --policy kvzap:budget=50%..12.5% --kv-memory 512MiB    both ends
   kvserve plan --tensor-parallel-size 3 --kv-memory 512MiB    what ranks cost
   kvserve plan --kv-cache-dtype int8_per_token_head --kv-memory 512MiB
 
@@ -133,9 +137,26 @@ def _check(
     return config
 
 
+def _ends(config: VllmConfig) -> dict[str, Rule]:
+    """Rules of the least and the largest budget of a range, by name."""
+    known = budgets_of(config)
+    ends = [*known][-1:] + [*known][:1]
+    return {name: known[name] for name in ends}
+
+
+def _contenders(config: VllmConfig) -> list[tuple[VllmConfig, str, Rule]]:
+    """What a policy is compared by: both ends of a range are."""
+    name = PolicySettings.from_config(config).policy
+    return [
+        (config, re.sub(r"budget=[^,]*", f"budget={end}", name), rule)
+        for end, rule in _ends(config).items()
+    ] or [(config, name, rule_of(config))]
+
+
 def _comparison(configs: list[VllmConfig], memory: int) -> str:
     """Lay policies side by side: KV bytes a request, and requests that fit."""
-    names = [PolicySettings.from_config(config).policy for config in configs]
+    compared = [one for config in configs for one in _contenders(config)]
+    names = [name for _, name, _ in compared]
     widths = [max(len(name), 25) for name in names]
     heads = [f"{name:>{width}}" for name, width in zip(names, widths, strict=True)]
     page = page_bytes_of(configs[0])
@@ -145,16 +166,14 @@ def _comparison(configs: list[VllmConfig], memory: int) -> str:
         "",
         "  ".join([f"{'tokens':>8}", f"{'full cache':>18}", *heads]),
     ]
-    rules = [rule_of(config) for config in configs]
-    pools = [pool_pages(config, memory) for config in configs]
+    pools = [pool_pages(config, memory) for config, _, _ in compared]
+    of_full = compared[0][2].full
     full_pool = _full_pool(configs[0], memory)
     for length in _lengths(configs[0].model_config.max_model_len):
-        full = rules[0].full.pages(length)
+        full = of_full.pages(length)
         fits_full = full_pool // full
         cells = [f"{length:>8}", f"{format_bytes(full * page):>10} {fits_full:>7}"]
-        for config, rule, pool, width in zip(
-            configs, rules, pools, widths, strict=True
-        ):
+        for (config, _, rule), pool, width in zip(compared, pools, widths, strict=True):
             held = rule.pages(length)
             size = format_bytes(held * page_bytes_of(config))
             share = held / rule.full.pages(length)
@@ -165,31 +184,28 @@ def _comparison(configs: list[VllmConfig], memory: int) -> str:
 
 
 def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
-    ours = rule_of(config)
-    full, scratch = ours.full, scratch_of(config, ours)
+    ours, ends = rule_of(config), _ends(config)
+    scratch = scratch_of(config, ours)
     page = page_bytes_of(config)
     pool = pool_pages(config, memory)
     full_pool = _full_pool(config, memory)
     ranks = config.parallel_config.tensor_parallel_size
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    column = f"{'budget':>8} "
     lines = [
         f"pool {format_bytes(memory)}{each} of {format_bytes(page)} pages; "
         f"{format_bytes(scratch * page)} of it is scratch for prefill{_states(config)}",
         "",
-        f"{'tokens':>8} {'KV a request':>14} {'full cache':>12} {'kept':>7} "
-        f"{'requests fit':>13} {'full fits':>10} {'gain':>6}",
+        f"{'tokens':>8} {column if ends else ''}{'KV a request':>14} "
+        f"{'full cache':>12} {'kept':>7} {'requests fit':>13} {'full fits':>10} "
+        f"{'gain':>6}",
     ]
     needless = []
     for length in _lengths(config.model_config.max_model_len):
-        held, held_full = ours.pages(length), full.pages(length)
-        fit = fits(ours, length, pool)
-        fits_full = full_pool // held_full
-        gain = fit / fits_full if fits_full else float("inf")
-        lines.append(
-            f"{length:>8} {format_bytes(held * page):>14} "
-            f"{format_bytes(held_full * page):>12} {held / held_full:>7.1%} "
-            f"{fit:>13} {fits_full:>10} {gain:>5.2f}x"
-        )
+        fits_full = full_pool // ours.full.pages(length)
+        for name, rule in (ends or {"": ours}).items():
+            figures = _figures(rule, length, pool, fits_full, page)
+            lines.append(f"{length:>8} {f'{name:>8} ' if name else ''}{figures}")
         if fits_full >= max_requests:
             needless.append(length)
     if needless:
@@ -199,6 +215,23 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
             f"full cache already holds all {max_requests} requests of --max-num-seqs.",
         ]
     return "\n".join(lines)
+
+
+def _figures(rule: Rule, length: int, pool: int, fits_full: int, page: int) -> str:
+    """What requests of one length cost under a rule, against a full cache.
+
+    Args:
+        pool: pages that requests can have.
+        fits_full: requests that a full cache has room for.
+        page: bytes of a page.
+    """
+    held, held_full = rule.pages(length), rule.full.pages(length)
+    fit = fits(rule, length, pool)
+    gain = fit / fits_full if fits_full else float("inf")
+    return (
+        f"{format_bytes(held * page):>14} {format_bytes(held_full * page):>12} "
+        f"{held / held_full:>7.1%} {fit:>13} {fits_full:>10} {gain:>5.2f}x"
+    )
 
 
 def layers_in_words(config: VllmConfig) -> str:

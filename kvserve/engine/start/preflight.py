@@ -22,6 +22,7 @@ from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.start.compiler import check_compiler
 from kvserve.engine.start.layers import check_model, model_shape_of, state_bytes
 from kvserve.engine.start.support import (
+    budgets_of,
     check_batch,
     fits,
     full_scratch_of,
@@ -128,7 +129,8 @@ def what_fits(config: VllmConfig, pool: int) -> str:
         for length in (longest // 4, longest)
     ]
     size = format_bytes((everything + 1) * page_bytes_of(config))
-    return f"{size} hold {', or '.join(found)}"
+    least = " at the least budget" if budgets_of(config) else ""
+    return f"{size} hold{least} {', or '.join(found)}"
 
 
 def _pool_bytes(config: VllmConfig) -> int | None:

@@ -12,6 +12,7 @@ from kvserve.engine.settings import PolicySettings
 from kvserve.engine.start.layers import model_shape_of
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
+from kvserve.plan.mixed import MixedRule
 from kvserve.plan.rule import Rule, rule_under
 from kvserve.plan.streaming import scratch_pages
 from policies.base import ModelShape, Policy
@@ -57,6 +58,19 @@ def _policies_of(spec: PolicySpec, model: ModelShape) -> tuple[Policy, ...]:
     if not model.num_layers:
         return (spec.without_budget(),)
     return tuple(level.create(model) for level in spec.levels)
+
+
+def budgets_of(vllm_config: VllmConfig) -> dict[str, Rule]:
+    """Rules of the budgets of a range, as ``50%`` names them; none without a range.
+
+    The largest is the first, the least the last.
+    """
+    rule = rule_of(vllm_config)
+    if not (isinstance(rule, MixedRule) and rule.levels):
+        return {}
+    levels = PolicySettings.from_config(vllm_config).spec.levels
+    names = [str(level.budget) for level in levels]
+    return dict(zip(names, rule.levels, strict=True))
 
 
 def page_format_of(vllm_config: VllmConfig) -> PageFormat | None:

@@ -43,6 +43,7 @@ CACHE: dict[str, Any] = {
         }
     ],
     "ended": None,
+    "budgets": None,
 }
 PART: dict[str, Any] = {
     "pages_total": 1000,

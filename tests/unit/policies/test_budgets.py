@@ -15,12 +15,12 @@ from kvserve.plan.streaming import StreamRule
 from policies.base import DensePolicy, Local, ModelShape, StreamingPolicy
 from policies.budgets import (
     RULES,
-    Budget,
     PolicySpec,
     arguments_for,
     split_policies,
 )
 from policies.registry import available_policies, create_policy
+from policies.shares import Budget
 
 SHAPE = ModelShape("SmolLM2-135M-Instruct", 30, 9, 3, 64)
 NAMES = sorted({cls.name for cls in available_policies().values()} - {"full"})
