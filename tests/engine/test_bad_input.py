@@ -54,6 +54,36 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--policy", "full:sinks=1"], "no such argument; it takes none"),
         (["--policy", "h2o:budget"], "--policy h2o: budget: expected key=value"),
         (["--policy", "h2o:budget=2.5"], "budget=2.5: give a share"),
+        (
+            ["--policy", "keydiff:budget=12.5%..50%"],
+            "goes from the largest budget down to the least",
+        ),
+        (["--policy", "keydiff:budget=50%.."], "for a server a range such as"),
+        (["--policy", "keydiff:budget=50%..512"], "give two shares, or tokens twice"),
+        (["--policy", "full:budget=100%..50%"], "takes no budget; leave budget= out"),
+        (
+            ["--policy", "h2o:budget=50%..25%"],
+            "--policy h2o: holds a full cache while it reads",
+        ),
+        (
+            ["--policy", "sink-recent:budget=50%..25%", "--scheduler-cls", "my.Own"],
+            "--scheduler-cls=my.Own: --policy sink-recent:budget=50%..25% runs under",
+        ),
+        (
+            [
+                *("--policy", "sink-recent:budget=50%..25%"),
+                *("--kv-cache-memory-bytes", "64k"),
+            ],
+            "under this policy; give more memory",
+        ),
+        (
+            [
+                *("--policy", "keydiff:budget=75%..50%"),
+                *("--tensor-parallel-size", "2"),
+            ],
+            "--tensor-parallel-size=2: heads of a layer would lie on different ranks, "
+            "and policy keydiff",
+        ),
         (["--policy", "h2o:norm=count", "--policy-arg", "norm=none"], "sets it as"),
         (["--policy", "sink-recent", "--policy-arg", "recent=0"], "at least 1"),
         (["--policy", "sink-recent", "--policy-arg", "recent=few"], "expected int"),

@@ -55,6 +55,31 @@ def test_plan_lays_policies_side_by_side(
     assert "--policy-arg norm=none: of which policy?" in capsys.readouterr().err
 
 
+def test_plan_tells_both_ends_of_a_range(
+    models: dict[str, Model], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["plan", str(models["tiny-gqa"].path), "--kv-memory", "64M"]
+    argv += ["--max-model-len", "1024", "--policy", "sink-recent:budget=50%..25%"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    rows = [line.split() for line in shown.out.splitlines() if "%" in line]
+    least, largest = rows[-2:]
+    assert least[:2] == ["1024", "25%"]
+    assert largest[:2] == ["1024", "50%"]
+    assert "25.0%" in least
+    assert "50.0%" in largest
+    # Requests that fit, of the pool that a full cache would have, and the gain.
+    assert int(least[-3]) > int(largest[-3]) > int(largest[-2])
+    assert "a request gets the largest budget with which all that wait" in shown.err
+    assert main([*argv, "--policy", "full"]) == 0
+    header = capsys.readouterr().out.splitlines()[2]
+    assert header.split()[-3:] == [
+        "sink-recent:budget=25%",
+        "sink-recent:budget=50%",
+        "full",
+    ]
+
+
 def test_plan_says_what_uneven_ranks_cost(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--policy", "retrieval", "--policy-arg", "full_ratio=0.1"]
     argv += ["--kv-memory", "512M", "--tensor-parallel-size", "3"]

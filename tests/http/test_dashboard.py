@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from playwright.sync_api import (
     Browser,
@@ -151,6 +153,64 @@ def test_it_fits_a_phone_in_either_theme(page: Page, scheme: str) -> None:
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", back))) / 3
     assert (brightness > 128) == (scheme == "light")
+
+
+def _with_a_range(page: Page, client: httpx.Client) -> None:
+    """Let the server's answers tell of a range of budgets."""
+    names = ["50%", "25%", "12.5%"]
+    started = time.time()
+
+    def policy(route: Route) -> None:
+        body = client.get("/v1/kv/policy").json()
+        levels = [{"budget": name, "arguments": {}, "kept": 0.1} for name in names]
+        route.fulfill(json=body | {"levels": levels})
+
+    def events(route: Route) -> None:
+        stats = client.get("/v1/kv/stats").json()
+        lines = []
+        for running in ((1, 0, 0), (0, 2, 0), (0, 1, 4)):
+            counts = zip(names, running, strict=True)
+            budgets = [{"budget": n, "running": r, "begun": 3 * r} for n, r in counts]
+            stats |= {"time": started, "cache": stats["cache"] | {"budgets": budgets}}
+            lines.append(f"data: {json.dumps(stats)}\n\n")
+            stats["time"] += 1
+        route.fulfill(body="".join(lines), content_type="text/event-stream")
+
+    page.route("**/v1/kv/policy", policy)
+    page.route("**/v1/kv/events", events)
+    page.reload()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_budgets_are_stacked_where_a_server_has_a_range(
+    page: Page, client: httpx.Client, scheme: str
+) -> None:
+    expect(page.locator("#budgets")).to_be_hidden()
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    _with_a_range(page, client)
+    expect(page.locator("#budgets")).to_be_visible()
+    expect(page.locator("#budget-chart")).to_have_attribute(
+        "aria-label", "Now: 50% 0, 25% 1, 12.5% 4"
+    )
+    expect(page.locator("#budget-keys")).to_have_text("50%25%12.5%")
+    expect(page.locator("#budget-note")).to_have_text(
+        "Requests since the start: 3 at 25%, 12 at 12.5%"
+    )
+    keys = page.locator("#budget-keys .key").all()
+    colors = [key.evaluate("e => getComputedStyle(e).backgroundColor") for key in keys]
+    assert len(set(colors)) == 3
+    drawn = page.locator("#budget-chart canvas").first.evaluate(
+        """(canvas) => {
+          const { data } = canvas.getContext("2d", { willReadFrequently: true })
+            .getImageData(0, 0, canvas.width, canvas.height);
+          const found = new Set();
+          for (let i = 0; i < data.length; i += 4) {
+            if (data[i + 3] === 255) found.add(`rgb(${data[i]}, ${data[i + 1]}, ${data[i + 2]})`);
+          }
+          return [...found];
+        }"""
+    )
+    assert set(colors) <= set(drawn)
 
 
 def test_every_control_has_a_name(page: Page) -> None:

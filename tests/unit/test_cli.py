@@ -38,6 +38,7 @@ def test_policies_lists_every_policy_with_its_parameters(
         assert cls.paper in shown
     assert "full_ratio = 0.2 (0.0 to 1.0)" in shown
     assert "streaming-llm (alias of sink-recent)" in shown
+    assert "kvzap:budget=50%..12.5%" in shown
 
 
 @pytest.mark.parametrize(

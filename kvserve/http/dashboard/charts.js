@@ -12,8 +12,8 @@ export const times = [1, 2, 5].flatMap((n) => [...Array(7).keys()].map((e) => n 
 
 // A line chart that is drawn anew when the theme changes.
 export class Lines {
-  // series: [{label, color: a CSS variable, fill, dash}]; format: number to text;
-  // steps: distances that marks on the scale may have.
+  // series: [{label, color: a CSS variable, or what returns a colour; fill, dash}];
+  // format: number to text; steps: distances that marks on the scale may have.
   constructor(element, series, format, height, steps) {
     Object.assign(this, { element, series, format, height, steps });
     this.data = [[], ...series.map(() => [])];
@@ -36,13 +36,13 @@ export class Lines {
       ticks: { show: false },
       font: "11px system-ui, sans-serif",
     };
-    const value = (_, raw) => (raw == null ? "–" : this.format(raw));
+    const value = (_, raw, at, i) => (raw == null ? "–" : this.format(this.shown(raw, at, i)));
     const series = this.series.map((one) => ({
       label: one.label,
-      stroke: css(one.color),
+      stroke: this.color(one),
       width: 2,
       dash: one.dash,
-      fill: one.fill && css(one.color) + "22",
+      fill: one.fill && this.color(one) + this.veil,
       points: { show: false },
       spanGaps: true,
       value,
@@ -67,6 +67,20 @@ export class Lines {
     this.element.setAttribute("role", "img");
   }
 
+  // How much of what is behind a filled area shows, behind a colour of #rrggbb.
+  get veil() {
+    return "22";
+  }
+
+  color(series) {
+    return typeof series.color === "function" ? series.color() : css(series.color);
+  }
+
+  // The value at a point, of what is drawn there.
+  shown(raw) {
+    return raw;
+  }
+
   // columns: [times, values of the first series, ...]
   show(columns) {
     this.data = columns;
@@ -75,6 +89,28 @@ export class Lines {
       const value = columns[i + 1].at(-1);
       return `${one.label} ${value == null ? "none" : this.format(value)}`;
     });
+    this.element.setAttribute("aria-label", `Now: ${last.join(", ")}`);
+  }
+}
+
+// Areas that lie on one another: the last series at the bottom.
+export class Stack extends Lines {
+  get veil() {
+    return "";
+  }
+
+  shown(_, at, i) {
+    return this.own[at][i];
+  }
+
+  show(columns) {
+    const [times, ...own] = columns;
+    const sums = own.map((_, at) => times.map((_, i) => (
+      own[at][i] == null ? null : own.slice(at).reduce((sum, column) => sum + column[i], 0)
+    )));
+    this.own = columns;
+    super.show([times, ...sums]);
+    const last = this.series.map((one, at) => `${one.label} ${own[at].at(-1) ?? "none"}`);
     this.element.setAttribute("aria-label", `Now: ${last.join(", ")}`);
   }
 }

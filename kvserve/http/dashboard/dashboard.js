@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Follows /v1/kv/events and shows what it says.
 
-import { HeatMap, Lines, binary, counts, times } from "./charts.js";
+import { HeatMap, Lines, Stack, binary, counts, heatColor, times } from "./charts.js";
 import { bytes, number, percent, seconds } from "./format.js";
 import { connect, get } from "./server.js";
 import { setUpPrompt } from "./prompt.js";
@@ -103,6 +103,33 @@ function showCharts() {
   charts.load.show([at, column((one) => one.running), column((one) => one.waiting)]);
   charts.ttft.show([at, column((one) => one.ttft)]);
   charts.itl.show([at, column((one) => one.itl)]);
+  if (charts.budgets) showBudgets(at, column);
+}
+
+// A server with a range of budgets: strong for the largest, light for the least.
+function setUpBudgets(levels) {
+  const shade = (at) => () => heatColor(0.25 + 0.6 * (1 - at / Math.max(levels.length - 1, 1)));
+  byId("budgets").hidden = false;
+  const series = levels.map((one, at) => ({ label: one.budget, color: shade(at), fill: true }));
+  charts.budgets = new Stack(byId("budget-chart"), series, number, 130, counts);
+  const paint = () => byId("budget-keys").replaceChildren(...series.map((one) => {
+    const key = document.createElement("i"), name = document.createElement("span");
+    key.className = "key";
+    key.style.background = one.color();
+    name.append(key, one.label);
+    return name;
+  }));
+  paint();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+}
+
+function showBudgets(at, column) {
+  const of = (level) => column((one) => one.cache?.budgets?.[level].running ?? null);
+  charts.budgets.show([at, ...plan.levels.map((_, level) => of(level))]);
+  const begun = history.at(-1).cache.budgets.filter((one) => one.begun);
+  put("budget-note", begun.length
+    ? `Requests since the start: ${begun.map((one) => `${number(one.begun)} at ${one.budget}`).join(", ")}`
+    : "No request has begun yet.");
 }
 
 // When nothing runs, the plan of the longest request stands in.
@@ -169,6 +196,7 @@ async function start() {
   put("policy", `policy ${plan.policy}`);
   byId("policy").title = plan.summary ?? "";
   byId("policy").hidden = false;
+  if (plan.levels) setUpBudgets(plan.levels);
   setInterval(() => showRequests().catch(() => {}), 3000);
   connect("/v1/kv/events", take, () => showState("no connection, trying again", "lost"));
 }

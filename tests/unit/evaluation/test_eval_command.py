@@ -220,6 +220,10 @@ def parse(*arguments: str) -> argparse.Namespace:
             ["--find-budget", "0.9", "--policy", "h2o", "--budgets", "ladder"],
             "no --url or --budgets",
         ),
+        (
+            ["--policy", "kvzap:budget=50%..25%"],
+            "what a server does when requests wait",
+        ),
         (["--find-budget", "0.9"], "give exactly one --policy"),
         (["--find-budget", "0.9", "--policy", "full"], "`full` has no budget"),
         (

@@ -13,8 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvserve.http.cache_report import EngineReport
+from kvserve.http.cache_report import BudgetReport, EngineReport
 from kvserve.http.metrics import (
+    BUDGET_COUNTERS,
+    BUDGET_GAUGES,
     COUNTERS,
     GAUGES,
     POLICY_COUNTERS,
@@ -172,6 +174,47 @@ def test_policies_of_several_engines_are_added_up() -> None:
     assert report.cache.by_policy["retrieval"].requests_running == 2
     assert report.cache.by_policy["retrieval"].requests_ended == 2
     assert report.smallest_pool == 1000
+
+
+def by_budget(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, sample.labels["budget"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name in {*BUDGET_GAUGES, *BUDGET_COUNTERS}
+    }
+
+
+def test_where_there_is_a_range_requests_are_counted_by_budget() -> None:
+    registry = CollectorRegistry()
+    metrics = KVMetrics("kvzap", "", "m", registry, budgets=["50%", "12.5%"])
+    for begun in ((3, 1), (4, 9)):
+        budgets = [{"running": 2, "begun": begun[0]}, {"running": 0, "begun": begun[1]}]
+        part = {**PART, "cache": {**CACHE, "budgets": budgets}}
+        metrics.update(EngineReport.merge([part]))
+    assert by_budget(registry) == {
+        ("kvserve_budget_requests_running", "50%"): 2,
+        ("kvserve_budget_requests_running", "12.5%"): 0,
+        ("kvserve_budget_requests_begun_total", "50%"): 4,
+        ("kvserve_budget_requests_begun_total", "12.5%"): 9,
+    }
+
+
+def test_without_a_range_there_are_no_metrics_of_budgets() -> None:
+    registry = CollectorRegistry()
+    KVMetrics("retrieval", "", "m", registry).update(EngineReport.merge([PART]))
+    assert by_budget(registry) == {}
+
+
+def test_budgets_of_several_engines_are_added_up() -> None:
+    parts = [
+        {**PART, "cache": {**CACHE, "budgets": [{"running": 1, "begun": 5}] * 2}}
+        for _ in range(2)
+    ]
+    report = EngineReport.merge(parts)
+    assert report.cache is not None
+    assert report.cache.budgets == [BudgetReport(running=2, begun=10)] * 2
 
 
 _WRITER = """
