@@ -19,7 +19,7 @@ from tests.http.harness import Server, completion
 pytestmark = pytest.mark.engine
 
 LONG = "The tide came in slowly over the flats and the boats began to lift. " * 70
-NAMES = ["50%", "35.36%", "25%", "17.68%", "12.5%"]
+NAMES = ["60%", "42.43%", "30%", "21.21%", "15%"]
 BURST = 5
 
 
@@ -28,7 +28,7 @@ def ranged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose pool holds one long request at the largest budget."""
     server = Server(
         tmp_path_factory.mktemp("ranged"),
-        *("--policy", "sink-recent:budget=50%..12.5%"),
+        *("--policy", "sink-recent:budget=60%..15%"),
         *("--kv-cache-memory-bytes", "64M"),
     )
     yield server
@@ -87,7 +87,6 @@ def ask(server: Server, name: str) -> str:
 def test_a_burst_gets_less_than_one_alone_and_all_is_counted(
     ranged: Server, http: httpx.Client
 ) -> None:
-    # What is a default of the policy is not in a receipt.
     recent = {f"recent={one.arguments['recent']}": one.budget for one in levels(http)}
     before = begun(http)
     assert sum(before.values()) == 0

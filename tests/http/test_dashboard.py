@@ -205,7 +205,8 @@ def test_budgets_are_stacked_where_a_server_has_a_range(
             .getImageData(0, 0, canvas.width, canvas.height);
           const found = new Set();
           for (let i = 0; i < data.length; i += 4) {
-            if (data[i + 3] === 255) found.add(`rgb(${data[i]}, ${data[i + 1]}, ${data[i + 2]})`);
+            const [red, green, blue, alpha] = data.subarray(i, i + 4);
+            if (alpha === 255) found.add(`rgb(${red}, ${green}, ${blue})`);
           }
           return [...found];
         }"""
