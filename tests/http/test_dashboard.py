@@ -168,12 +168,12 @@ def _with_a_range(page: Page, client: httpx.Client) -> None:
     def events(route: Route) -> None:
         stats = client.get("/v1/kv/stats").json()
         lines = []
-        for running in ((1, 0, 0), (0, 2, 0), (0, 1, 4)):
+        for at, running in enumerate(((1, 0, 0), (0, 2, 0), (0, 1, 4))):
             counts = zip(names, running, strict=True)
             budgets = [{"budget": n, "running": r, "begun": 3 * r} for n, r in counts]
-            stats |= {"time": started, "cache": stats["cache"] | {"budgets": budgets}}
-            lines.append(f"data: {json.dumps(stats)}\n\n")
-            stats["time"] += 1
+            cache = stats["cache"] | {"budgets": budgets}
+            sample = stats | {"time": started + at, "cache": cache}
+            lines.append(f"data: {json.dumps(sample)}\n\n")
         route.fulfill(body="".join(lines), content_type="text/event-stream")
 
     page.route("**/v1/kv/policy", policy)
