@@ -33,8 +33,9 @@ class LLM(vllm.LLM):
         model: a model name or directory; ``None`` is the embedded model.
         policy: a policy as ``NAME[:KEY=VALUE,...]``, or a TOML file; ``None`` is stock
             vLLM. Every policy takes ``budget``, a share of the KV entries of the
-            longest request (``25%``, ``0.25``) or tokens (``512``). ``retrieval`` has
-            a model measured, once, for which no profile ships.
+            longest request (``25%``, ``0.25``) or tokens (``512``), or a range of
+            either (``50%..12.5%``), of which each request gets what there is room for.
+            ``retrieval`` has a model measured, once, for which no profile ships.
         policy_args: more of the policy's parameters.
         allow_request_policies: let a request name another policy of positions, by
             ``SamplingParams(extra_args={"kv_policy": "sink-recent:recent=480"})``.
