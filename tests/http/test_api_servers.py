@@ -14,7 +14,7 @@ from tests.http.harness import Server, completion
 
 pytestmark = pytest.mark.engine
 
-PROMPT = "The tide came in slowly over the flats and the boats began to lift. " * 70
+PROMPT = "The tide came in slowly over the flats and the boats began to lift. " * 45
 
 
 def metrics_of(server: Server) -> dict[str, float]:

@@ -21,7 +21,7 @@ CONCURRENCY = 16
 WORDS = (
     "the tide came in over flats and boats that had lain on their sides began to lift"
 )
-PROMPTS = [f"{WORDS} {n}. " * n for n in (1, 3, 8, 20, 60)]
+PROMPTS = [f"{WORDS} {n}. " * n for n in (1, 3, 8, 20, 40)]
 TOKENS = 8
 LONG = 2000
 MALFORMED: list[bytes] = [
@@ -145,7 +145,7 @@ def idle(client: httpx.Client) -> dict[str, Any]:
     raise AssertionError("requests still run")
 
 
-@pytest.mark.parametrize("requests", [120, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [72, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_mixed_load_leaves_the_server_as_it_was(
     server: Server, client: httpx.Client, requests: int
 ) -> None:
