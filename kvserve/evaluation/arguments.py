@@ -89,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts for each task and length, depths spread evenly (default: 16)",
     )
     parser.add_argument(
+        "--protect",
+        choices=("system",),
+        help="spare the system prompts of instructions and leak from eviction, as "
+        "`kvserve serve --protect system` does",
+    )
+    parser.add_argument(
         "--reply",
         type=int,
         default=REPLY,

@@ -30,6 +30,7 @@ class Request:
             those of chosen tokens alone, ``None`` for none.
         one_line: the reply ends with its first line.
         to_the_end: go on after the model's end-of-text token.
+        system: first tokens of the prompt that say what its system prompt says.
     """
 
     prompt: list[int]
@@ -38,6 +39,7 @@ class Request:
     top: int | None = None
     one_line: bool = False
     to_the_end: bool = False
+    system: int = 0
 
     @property
     def tokens(self) -> int:

@@ -102,6 +102,7 @@ def prepare(args: argparse.Namespace) -> Work:
             f"--task: a prompt and its reply take {longest} tokens, and {model.name} "
             f"reads at most {model.limit}"
         )
+    _check_protection(args, assignments)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     haystack = args.haystack.name if args.haystack else f"{BOOK}.txt"
     conditions = {
@@ -117,13 +118,35 @@ def prepare(args: argparse.Namespace) -> Work:
         conditions["kv_cache_dtype"] = args.kv_cache_dtype
     if args.reply != REPLY:
         conditions["reply"] = args.reply
+    if args.protect:
+        conditions["protect"] = args.protect
     return Work(model, assignments, conditions, max([longest, *lengths]))
+
+
+def _check_protection(
+    args: argparse.Namespace, assignments: Sequence[Assignment]
+) -> None:
+    """Refuse what would measure the same as without ``--protect``."""
+    if not args.protect:
+        return
+    if args.url:
+        raise UserError("--protect: a server is started with it; leave out one of both")
+    samples = [sample for one in assignments for sample in one.samples]
+    if not any(sample.request.system for sample in samples):
+        raise UserError(
+            "--protect: no prompt has a system prompt; add --task instructions,leak"
+        )
 
 
 def _engine(args: argparse.Namespace, work: Work) -> LocalEngine:
     memory = parse_bytes(args.kv_memory, "--kv-memory") if args.kv_memory else None
     return LocalEngine(
-        work.model, args.dtype, work.longest, memory, args.kv_cache_dtype
+        work.model,
+        args.dtype,
+        work.longest,
+        memory,
+        args.kv_cache_dtype,
+        bool(args.protect),
     )
 
 

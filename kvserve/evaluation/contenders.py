@@ -27,6 +27,7 @@ class LocalEngine:
         kv_memory: bytes of the pool; ``None`` is room for all requests that run
             together, each with a full cache, up to 4 GiB.
         kv_cache_dtype: what pages hold, as vLLM's option says.
+        protect: spare the system prompts of all requests.
     """
 
     model: EvaluatedModel
@@ -34,6 +35,7 @@ class LocalEngine:
     longest: int
     kv_memory: int | None = None
     kv_cache_dtype: str = "auto"
+    protect: bool = False
 
     @property
     def shape(self) -> ModelShape:
@@ -86,6 +88,7 @@ class PolicyContender:
             dtype=self.engine.dtype,
             kv_memory=self.engine.pool(),
             kv_cache_dtype=self.engine.kv_cache_dtype,
+            protect=self.engine.protect,
         )
 
 

@@ -27,7 +27,7 @@ from kvserve.evaluation.backend import (
     Request,
     generated_text,
 )
-from kvserve.extra_args import FORCED_PROCESSOR, FORCED_TOKENS
+from kvserve.extra_args import FORCED_PROCESSOR, FORCED_TOKENS, PROTECT
 
 _STEP_TOKENS = 2048
 
@@ -44,6 +44,7 @@ class EngineBackend:
         longest: tokens of the longest request, prompt and reply.
         dtype: of weights and cache.
         kv_memory: bytes of the pool.
+        protect: spare the system prompts of all requests.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class EngineBackend:
         dtype: str,
         kv_memory: int,
         kv_cache_dtype: str = "auto",
+        protect: bool = False,
     ) -> None:
         try:
             self._llm = LLM(
                 model,
                 policy=policy,
                 policy_args=policy_args,
+                protect=protect,
                 dtype=dtype,
                 max_model_len=longest,
                 max_num_seqs=AT_ONCE,
@@ -84,6 +87,7 @@ class EngineBackend:
         self._tokenizer: Any = self._llm.get_tokenizer()
         self._books = PageBooks(manager)
         self._clock = FirstTokens(scheduler)
+        self._protect = protect
 
     def run(
         self, requests: Sequence[Request], done: Callable[[Request], None]
@@ -93,7 +97,9 @@ class EngineBackend:
         # vLLM answers under the name it was given, and counts pages under its own.
         internal = [
             engine.add_request(
-                str(number), {"prompt_token_ids": request.prompt}, _sampling(request)
+                str(number),
+                {"prompt_token_ids": request.prompt},
+                _sampling(request, self._protect),
             )
             for number, request in enumerate(requests)
         ]
@@ -219,15 +225,19 @@ def _likeliest(step: dict[int, Logprob], count: int) -> dict[int, float]:
     }
 
 
-def _sampling(request: Request) -> SamplingParams:
-    forced = {FORCED_TOKENS: request.forced} if request.forced else None
+def _sampling(request: Request, protect: bool) -> SamplingParams:
+    extra: dict[str, Any] = {}
+    if request.forced:
+        extra[FORCED_TOKENS] = request.forced
+    if protect and request.system:
+        extra[PROTECT] = f"0-{request.system}"
     return SamplingParams(
         temperature=0,
         max_tokens=len(request.forced) + request.reply,
         ignore_eos=request.to_the_end,
         stop=["\n"] if request.one_line and not request.forced else None,
         logprobs=request.top,
-        extra_args=forced,
+        extra_args=extra or None,
         # Only stop strings need the engine's own text.
         detokenize=request.one_line and not request.forced,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -19,6 +19,7 @@ from kvserve.errors import UserError
 from kvserve.evaluation.backend import Request
 from kvserve.evaluation.prompts import WORDS, Rendered, novel, rng_of
 from kvserve.evaluation.tasks import Place, Sample
+from kvserve.system_prompts import TURNS, common_start
 from kvserve.texts.needles import chat, encode, fit
 
 _GIVEN = 4
@@ -148,7 +149,10 @@ def _behind(place: Place, task: str, system: str, question: str, reply: int) -> 
     prompt = fit(place.tokenizer, prose, place.length - reply, rendered)
     if prompt is None:
         raise UserError("too short for the system prompt; use a longer length")
-    return Request(prompt.token_ids, reply=reply)
+    chats = [_chat(place.tokenizer, system, turn) for turn in TURNS]
+    others = [encode(place.tokenizer, text)[0] for text in chats]
+    leading = common_start([prompt.token_ids, *others])
+    return Request(prompt.token_ids, reply=reply, system=leading)
 
 
 def _chat(tokenizer: Any, system: str, content: str) -> str:
