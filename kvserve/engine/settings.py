@@ -22,7 +22,7 @@ class PolicySettings:
     """A policy as typed, ``NAME[:KEY=VALUE,...]`` or a TOML file, and more arguments.
 
     ``allow_request_policies``: whether a request may name another one. ``protect``:
-    whose tokens are protected, ``system`` or ``spans``; nobody's, if it is empty.
+    whose tokens are protected, ``system`` or ``requests``; nobody's, if it is empty.
     """
 
     policy: str

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 
+from kvserve.engine.settings import PolicySettings
 from kvserve.engine.start.layers import model_shape_of
 from kvserve.engine.start.preflight import page_bytes_of
 from kvserve.engine.start.support import (
@@ -46,6 +47,7 @@ class ServedPolicy:
         self._policy: Policy = self.rule.policy
         self.page_bytes = page_bytes_of(config)
         self._levels = budgets_of(config)
+        self.protect = PolicySettings.from_config(config).protect
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ class ServedPolicy:
                 for name, rule in self._levels.items()
             ]
             or None,
+            protect=self.protect or None,
         )
 
     def plan(self, context: int, pool: int) -> PlanBody:

@@ -131,6 +131,13 @@ class PolicyBody(Body):
         description="Of a range of budgets, the largest first; all else here is of the "
         "least. Null where there is one budget.",
     )
+    protect: str | None = Field(
+        default=None,
+        description="Whose tokens are protected from eviction: `system`, the system "
+        "prompts of all chats; `requests`, what they name as `kv_protect` in "
+        "`vllm_xargs`; null: nobody's.",
+        examples=["system"],
+    )
 
 
 class Pages(Body):
@@ -261,6 +268,13 @@ class Receipt(Body):
         default="",
         description="Arguments of its policy that are not the defaults.",
         examples=["recent=480"],
+    )
+    protected: str = Field(
+        default="",
+        description="Spans of tokens, first and first behind, that it had protected; "
+        "they stay in heads that keep tokens by position, and go last in those that "
+        "are thinned.",
+        examples=["0-71"],
     )
 
 

@@ -68,7 +68,9 @@ class KVEndpoints:
         gateway.sampler = sampler
         rule = gateway.policy.rule if gateway.policy else None
         longest = config.model_config.max_model_len
-        guard_requests(client, state, PolicyGuard(rule, longest, report.smallest_pool))
+        guard = PolicyGuard(rule, longest, report.smallest_pool)
+        protect = gateway.policy.protect if gateway.policy else ""
+        guard_requests(client, state, guard, protect)
         guard_constraints(client, state, ConstraintGuard(config))
         if config.parallel_config._api_process_rank <= 0:
             sampler.metrics = _metrics_of(gateway, config)

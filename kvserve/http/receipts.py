@@ -56,6 +56,7 @@ def of_request(
         sequences=found,
         policy=found[0].policy,
         arguments=found[0].arguments,
+        protected=found[0].protected,
         **{name: sum(getattr(one, name) for one in found) for name in _SUMMED},
     )
 

@@ -2,7 +2,8 @@
 """What a request asks of our own: what cannot be honoured gets 400 before the engine.
 
 That is a policy of its own, tokens to be forced, beam search under a policy, and
-several replies of a model that is greedy unless told otherwise.
+several replies of a model that is greedy unless told otherwise. Chats whose system
+prompts are protected have these made into spans of tokens.
 
 vLLM has no hook between a request that it has read and its engine, so the instances of
 this API process get one. ``generate`` of the engine's client is on the way of every
@@ -26,9 +27,13 @@ from kvserve.errors import UserError
 from kvserve.extra_args import FORCED_TOKENS, POLICY, PROTECT, said_in
 from kvserve.http.notices import notice
 from kvserve.http.receipts import unique_id
+from kvserve.http.system_prompts import protect_system_prompts
+from kvserve.plan.protection import SYSTEM
 
 PARAMETER = f"vllm_xargs.{POLICY}"
 FORCED = f"vllm_xargs.{FORCED_TOKENS}"
+PROTECTED = f"vllm_xargs.{PROTECT}"
+_NOT_OF_BEAMS = {POLICY: PARAMETER, FORCED_TOKENS: FORCED, PROTECT: PROTECTED}
 
 _CREATORS = {
     "openai_serving_chat": "create_chat_completion",
@@ -36,8 +41,14 @@ _CREATORS = {
 }
 
 
-def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None:
-    """Refuse requests that the server cannot honour."""
+def guard_requests(
+    engine_client: Any, state: State, guard: PolicyGuard, protect: str = ""
+) -> None:
+    """Refuse requests that the server cannot honour.
+
+    Args:
+        protect: whose tokens are protected, as ``PolicySettings`` has it.
+    """
     model_config = engine_client.model_config
 
     def check(prompt: Any, params: Any) -> None:
@@ -75,7 +86,14 @@ def guard_requests(engine_client: Any, state: State, guard: PolicyGuard) -> None
             create = getattr(serving, method)
             default = serving.default_sampling_params.get("temperature")
             create = _sampling(create, greedy=default == 0)
-            setattr(serving, method, _without_beams(create, guard))
+            always = protect == SYSTEM and name == "openai_serving_chat"
+            setattr(serving, method, _without_beams(create, guard, always))
+    if protect:
+        protect_system_prompts(
+            state.online_renderer,
+            always=protect == SYSTEM,
+            refuse=lambda message: _refused(message, PROTECTED),
+        )
 
 
 def _checked_before(
@@ -119,16 +137,26 @@ def _sampling(
 
 
 def _without_beams(
-    create: Callable[..., Awaitable[Any]], guard: PolicyGuard
+    create: Callable[..., Awaitable[Any]], guard: PolicyGuard, protected: bool
 ) -> Callable[..., Awaitable[Any]]:
-    """Refuse beam search where it would lose what a request or the server asks for."""
+    """Refuse beam search where it would lose what a request or the server asks for.
+
+    Args:
+        protected: the server protects the system prompt of every such request.
+    """
 
     async def checked(request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.use_beam_search:
-            for key, parameter in ((POLICY, PARAMETER), (FORCED_TOKENS, FORCED)):
+            for key, parameter in _NOT_OF_BEAMS.items():
                 if key in (request.vllm_xargs or {}):
                     message = f"beam search takes no {key}; leave one of them out"
                     raise _refused(message, parameter)
+            if protected:
+                message = (
+                    "beam search would not protect the system prompt, as this server "
+                    "does (--protect system); sample with n"
+                )
+                raise _refused(message, "use_beam_search")
             try:
                 guard.admit_beams()
             except UserError as error:

@@ -50,6 +50,7 @@ class Receipt:
         pages_full: pages of a cache that evicts nothing.
         policy: the name of its policy.
         arguments: those that are not the policy's defaults.
+        protected: spans of tokens that it had protected, ``FIRST-BEHIND`` with commas.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class Receipt:
     pages_full: int
     policy: str = ""
     arguments: str = ""
+    protected: str = ""
 
     @property
     def entries_evicted(self) -> int:
@@ -108,7 +110,12 @@ class Ledger:
         self._peaks[request_id] = max(pages, self._peaks.get(request_id, 0))
 
     def close(
-        self, request_id: str, plan: LanePlan, pages: int, policy: Policy | None = None
+        self,
+        request_id: str,
+        plan: LanePlan,
+        pages: int,
+        policy: Policy | None = None,
+        protected: str = "",
     ) -> None:
         """Write the receipt of a request that gives its ``pages`` pages back."""
         tokens = self.tokens.pop(request_id, None)
@@ -124,7 +131,9 @@ class Ledger:
             pages,
             peak,
             self._full.pages(tokens),
-            *((policy.name, changed_arguments(policy)) if policy else ()),
+            policy.name if policy else "",
+            changed_arguments(policy) if policy else "",
+            protected,
         )
         self._evicted += receipt.entries_evicted
         self._forget_last_step(request_id)

@@ -15,6 +15,7 @@ from kvserve.engine.scheduling.prefix_index import PrefixIndex
 from kvserve.engine.spec import HeadPagedSpec
 from kvserve.plan.lanes import IntArray
 from kvserve.plan.ledger import Ledger
+from kvserve.plan.protection import spans_in_words
 from kvserve.plan.rule import RequestPlan, Rule
 from policies.base import Policy
 
@@ -82,7 +83,10 @@ class HeadPagedManager(SingleTypeKVCacheManager):
 
     def policy_of(self, request_id: str) -> Policy:
         """Return the policy of a request."""
-        return self._named.get(request_id, self.rule).policy
+        return self._rule_of(request_id).policy
+
+    def _rule_of(self, request_id: str) -> Rule:
+        return self._named.get(request_id, self.rule)
 
     def plan_of(self, request_id: str) -> RequestPlan:
         """Return the page plan of a request."""
@@ -181,8 +185,9 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         if request_id in self.req_to_blocks:
             pages = self.pages_held(request_id)
-            policy = self.policy_of(request_id)
-            self.ledger.close(request_id, self.plan_of(request_id), pages, policy)
+            plan, rule = self.plan_of(request_id), self._rule_of(request_id)
+            spans = spans_in_words(rule)
+            self.ledger.close(request_id, plan, pages, rule.policy, spans)
         self._held.pop(request_id, None)
         self._computed.pop(request_id, None)
         listed = super().pop_blocks_for_free(request_id)

@@ -154,6 +154,11 @@ class PolicyGuard:
         Raises:
             UserError: one line, for whoever wrote the request.
         """
+        if self._rule is None:
+            raise UserError(
+                "this server runs stock vLLM (--policy none), which evicts nothing; "
+                f"leave {PROTECT} out"
+            )
         if not (isinstance(self._rule, MixedRule) and self._rule.protects):
             raise UserError(
                 "this server was started without --protect; start it with `--protect "
