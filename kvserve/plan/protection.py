@@ -23,7 +23,7 @@ MOST_SPANS = 64
 _LONGEST_TEXT = 20 * MOST_SPANS
 SYSTEM = "system"
 """What a request says instead of numbers; whoever reads its messages knows them."""
-_SPAN = re.compile(r"(\d{1,9})-(\d{1,9})")
+_SPAN = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 Spans = tuple[tuple[int, int], ...]
 
