@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_spans_are_in_order_apart_and_the_same_tokens(
     spans: list[tuple[int, int]],
 ) -> None:
     found = parse_spans(written(spans))
-    for (_, behind), (first, _) in zip(found, found[1:], strict=False):
+    for (_, behind), (first, _) in pairwise(found):
         assert behind < first
     tokens = {token for first, behind in spans for token in range(first, behind)}
     assert [t for first, behind in found for t in range(first, behind)] == sorted(
