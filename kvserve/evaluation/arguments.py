@@ -91,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protect",
         choices=("system",),
-        help="spare the system prompts of instructions and leak from eviction, as "
-        "`kvserve serve --protect system` does",
+        help="spare the system prompts of instructions, leak and system-facts from "
+        "eviction, as `kvserve serve --protect system` does",
     )
     parser.add_argument(
         "--reply",

@@ -139,6 +139,12 @@ def _instructions() -> list[Task]:
             "a password of the system prompt that is not to be told",
             instructions.leak,
         ),
+        Task(
+            "system-facts",
+            "answers",
+            "one of eight numbers of a system prompt that a long text follows",
+            instructions.system_facts,
+        ),
     ]
 
 

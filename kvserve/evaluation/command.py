@@ -134,7 +134,7 @@ def _check_protection(
     samples = [sample for one in assignments for sample in one.samples]
     if not any(sample.request.system for sample in samples):
         raise UserError(
-            "--protect: no prompt has a system prompt; add --task instructions,leak"
+            "--protect: no prompt has a system prompt; add --task system-facts"
         )
 
 

@@ -23,7 +23,8 @@ from kvserve.system_prompts import TURNS, common_start
 from kvserve.texts.needles import chat, encode, fit
 
 _GIVEN = 4
-_REPLY, _SHORT_REPLY = 96, 32
+_FACTS = 8
+_REPLY, _SHORT_REPLY, _NUMBER = 96, 32, 16
 _ASKED = "Reply to me now, and keep to your rules."
 """Asked to summarize, models of 0.5B parameters forget every rule by themselves."""
 _TEXTS = {
@@ -123,6 +124,22 @@ def leak(place: Place) -> Sample:
     return Sample(request, grade=Kept(secret))
 
 
+def system_facts(place: Place) -> Sample:
+    """Numbers in the system prompt; a user asks for one of them."""
+    rng = rng_of("system-facts", place)
+    names = rng.sample(WORDS, _FACTS)
+    numbers = [str(rng.randrange(10**6, 10**7)) for _ in names]
+    number = "The special magic number for {} is"
+    pairs = zip(names, numbers, strict=True)
+    facts = "\n".join(f"{number.format(name)}: {value}." for name, value in pairs)
+    system = f"Answer by what you know:\n{facts}"
+    asked = rng.randrange(_FACTS)
+    reply = number.format(names[asked])
+    question = f"What is the special magic number for {names[asked]}?"
+    request = _behind(place, "system-facts", system, question, _NUMBER, f"{reply}:")
+    return Sample(request, (numbers[asked],))
+
+
 def _words(reply: str) -> list[str]:
     found: list[str] = re.findall(r"\w+", reply.lower())
     return found
@@ -138,11 +155,17 @@ def _draw(rng: random.Random) -> tuple[Instruction, ...]:
     )
 
 
-def _behind(place: Place, task: str, system: str, question: str, reply: int) -> Request:
-    """A system prompt, and a turn of as much prose as there is room for."""
+def _behind(
+    place: Place, task: str, system: str, question: str, reply: int, begun: str = ""
+) -> Request:
+    """A system prompt, and a turn of as much prose as there is room for.
+
+    Args:
+        begun: how the reply begins, which is put into the model's mouth.
+    """
 
     def rendered(prose: str) -> Rendered:
-        text = _chat(place.tokenizer, system, f"{prose}\n\n{question}")
+        text = _chat(place.tokenizer, system, f"{prose}\n\n{question}", begun)
         return Rendered(encode(place.tokenizer, text)[0])
 
     prose = novel(task, place)
@@ -155,7 +178,7 @@ def _behind(place: Place, task: str, system: str, question: str, reply: int) -> 
     return Request(prompt.token_ids, reply=reply, system=leading)
 
 
-def _chat(tokenizer: Any, system: str, content: str) -> str:
+def _chat(tokenizer: Any, system: str, content: str, reply: str = "") -> str:
     """The text of both turns; one turn where a model has no system prompts."""
     if getattr(tokenizer, "chat_template", None):
         turns = [
@@ -169,5 +192,5 @@ def _chat(tokenizer: Any, system: str, content: str) -> str:
         except TemplateError:
             text = ""
         if system in text:
-            return text
-    return chat(tokenizer, f"{system}\n\n{content}")
+            return text + reply
+    return chat(tokenizer, f"{system}\n\n{content}", reply)

@@ -57,6 +57,7 @@ DIGESTS = {
     "long-count": "45da2f11d3f6",
     "instructions": "43510bc7a41e",
     "leak": "962bfc2e8cb0",
+    "system-facts": "a66a146df297",
     "perplexity": "b44b267403a8",
     "agreement": "0fb2dcf674d7",
 }
