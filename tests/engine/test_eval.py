@@ -171,3 +171,21 @@ def test_a_server_scores_as_its_policy_does_here(
     there = found["server", "agreement"]
     assert there["score"] == pytest.approx(here["score"], abs=0.05)
     assert there["divergence"] == pytest.approx(here["divergence"], rel=0.1)
+
+
+def test_protected_system_prompts_are_held_beside_the_budget(
+    engines: EngineSlot, tmp_path: Path
+) -> None:
+    engines.close()
+    policy = "sink-recent:sinks=1,recent=96"
+    asked = ("--task", "system-facts", "--length", "1024", "--samples", "4")
+    found: list[dict[str, Any]] = []
+    for out, more in (("off", ()), ("on", ("--protect", "system"))):
+        command = [*asked, *more, "--policy", policy, "--out", str(tmp_path / out)]
+        assert main(["eval", *command]) == 0
+        found += [one for one in cells(tmp_path / out) if one["policy"] == policy]
+    off, on = found
+    # A system prompt of some 160 tokens: 5 or 6 pages for each of 90 heads, not 1.
+    pairs = zip(off["pages_held"], on["pages_held"], strict=True)
+    assert all(4 <= (spared - held) / 90 <= 5 for held, spared in pairs)
+    assert sum(on["scores"]) > sum(off["scores"])

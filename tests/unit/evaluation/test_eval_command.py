@@ -213,6 +213,11 @@ def parse(*arguments: str) -> argparse.Namespace:
         (["--task", "none.jsonl"], "--task none.jsonl: cannot be read"),
         (["--kv-memory", "lots"], "--kv-memory lots: expected a size"),
         (["--url", "http://127.0.0.1:9"], "no server answers"),
+        (["--protect", "system"], "--protect: no prompt has a system prompt"),
+        (
+            ["--protect", "system", "--task", "leak", "--url", "http://127.0.0.1:9"],
+            "--protect: a server is started with it",
+        ),
         (["--find-budget", "2", "--policy", "h2o"], "must lie in 0 to 1"),
         (["--budgets", "ladder"], "--budgets: whose?"),
         (["--budgets", "50%,much", "--policy", "h2o"], "--budgets 50%,much: give"),
@@ -265,6 +270,18 @@ def test_results_of_another_seed_are_refused(
     capsys.readouterr()
     assert evaluate(tmp_path, "--length", "2048", "--seed", "1") == 2
     assert "results with seed 0, and this command has 1" in capsys.readouterr().err
+
+
+def test_results_of_spared_system_prompts_are_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tmp_path, "--length", "2048") == 0
+    capsys.readouterr()
+    protected = ("--protect", "system", "--task", "system-facts")
+    assert evaluate(tmp_path, "--length", "2048", *protected) == 2
+    assert "results with protect None, and this command has system" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_pool_holds_eight_full_requests_unless_it_is_given() -> None:

@@ -92,6 +92,35 @@ def test_a_model_without_system_prompts_gets_the_rules_with_the_text(
         assert "Follow every one of these rules" in text[:60]
 
 
+@pytest.mark.parametrize("name", ["instructions", "leak", "system-facts"])
+def test_what_belongs_to_the_system_prompt_ends_where_the_text_begins(
+    name: str,
+) -> None:
+    for sample in made(name, tokenizer_of(TURNS)):
+        tokens = sample.request.prompt[: sample.request.system]
+        text = tokenizer_of(None).decode(tokens)
+        assert text.startswith("[system]")
+        assert text.endswith("\n[user]")
+
+
+def test_a_model_without_system_prompts_has_the_rules_spared_all_the_same() -> None:
+    for sample in made("instructions", tokenizer_of(NO_SYSTEM + TURNS)):
+        tokens = sample.request.prompt[: sample.request.system]
+        assert isinstance(sample.grade, Followed)
+        text = tokenizer_of(None).decode(tokens)
+        assert all(one.text in text for one in sample.grade.given)
+
+
+def test_one_of_the_facts_is_asked_for_and_its_reply_is_begun() -> None:
+    for sample in made("system-facts", tokenizer_of(TURNS)):
+        text = tokenizer_of(None).decode(sample.request.prompt)
+        (answer,) = sample.answers
+        begun = text.splitlines()[-1].removeprefix("[assistant]")
+        assert text[: text.index("[user]")].count(f"{begun} {answer}.") == 1
+        assert text[: text.index("[user]")].count("The special magic number") == 8
+        assert text.count(answer) == 1
+
+
 def test_rules_of_a_prompt_are_four_that_are_given_in_its_words() -> None:
     for sample in made("instructions", tokenizer_of(TURNS), count=12):
         text = tokenizer_of(None).decode(sample.request.prompt)
