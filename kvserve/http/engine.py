@@ -32,6 +32,8 @@ from kvserve.http.models import (
     Profile,
     Served,
 )
+from kvserve.plan.blocks import NOT_THINNED
+from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.rule import Rule
 from policies.base import Policy
 from policies.files import read_bytes
@@ -150,12 +152,21 @@ class ServedPolicy:
             retained=retained,
             sinks=sinks.tolist(),
             recent=[[window or None for window in layer] for layer in windows.tolist()],
+            **history_of(rule.plan(context).reading),
         )
 
     @cached_property
     def _profiles(self) -> list[Profile]:
         name = model_shape_of(self._config).name
         return profiles_of(self._policy, name)
+
+
+def history_of(plan: PagePlan) -> dict[str, Any]:
+    """What heads keep of what leaves their windows, if some are thinned."""
+    if not plan.group:
+        return {}
+    keep = [[None if k == NOT_THINNED else k for k in layer] for layer in plan.keep]
+    return {"group": plan.group * plan.page_size, "keep": keep}
 
 
 def profiles_of(policy: Policy, model_name: str) -> list[Profile]:

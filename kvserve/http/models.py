@@ -74,6 +74,17 @@ class Budgets(Body):
         description="Last tokens, likewise; null for heads that keep everything.",
         examples=[[[None, 480, 480]]],
     )
+    group: int | None = Field(
+        default=None,
+        description="Tokens that are judged together when they leave the window, under "
+        "policies that thin.",
+        examples=[128],
+    )
+    keep: list[list[int | None]] | None = Field(
+        default=None,
+        description="How many of each group stay; null for heads that do not thin.",
+        examples=[[[None, 12, 0]]],
+    )
 
 
 class Level(Body):

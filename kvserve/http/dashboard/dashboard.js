@@ -152,7 +152,13 @@ function describeCell(cell) {
     return;
   }
   const [layer, head] = cell, entries = shown.entries[layer][head];
-  put("heat-cell", `Layer ${layer}, KV head ${head}: ${number(entries)} of ${number(shown.seen)} tokens, ${percent(entries / shown.seen)}`);
+  put("heat-cell", `Layer ${layer}, KV head ${head}: ${number(entries)} of ${number(shown.seen)} tokens, ${percent(entries / shown.seen)}${keeps(layer, head)}`);
+}
+
+// Under policies that thin: what stays of what leaves a head's window.
+function keeps(layer, head) {
+  const budgets = plan?.budgets, kept = budgets?.keep?.[layer][head];
+  return kept == null ? "" : `; keeps ${kept} of each ${budgets.group} tokens that leave its window`;
 }
 
 function showState(text, state) {
