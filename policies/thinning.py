@@ -78,7 +78,7 @@ class ThinningPolicy(StreamingPolicy):
         minimum=1,
     )
     sinks: int = parameter(32, "first tokens, in whole pages", minimum=1)
-    recent: int = parameter(128, "last tokens, in whole pages", minimum=1)
+    recent: int = parameter(96, "last tokens, in whole pages", minimum=1)
     group: int = parameter(
         128, "tokens that are judged together, in whole pages", minimum=1
     )

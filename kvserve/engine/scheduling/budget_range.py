@@ -17,9 +17,12 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
 
 from kvserve.engine.scheduling.manager import HeadPagedManager
-from kvserve.extra_args import LEVEL
+from kvserve.extra_args import LEVEL, PROTECT, said_in
 from kvserve.plan.mixed import MixedRule
+from kvserve.plan.protection import parse_spans, protecting
 from kvserve.plan.request_policies import level_of, names_policy
+
+_MOST_KNOWN = 4096
 
 
 class BudgetRange:
@@ -33,7 +36,7 @@ class BudgetRange:
         self, rule: MixedRule, pages: HeadPagedManager, most_requests: int
     ) -> None:
         self._rule, self._pages, self._most = rule, pages, most_requests
-        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self._known: dict[tuple[int, int, str | None], tuple[int, int]] = {}
         self._begun: set[str] = set()
 
     def forget(self, request_id: str) -> None:
@@ -68,7 +71,7 @@ class BudgetRange:
             return []
         free = self._pages.block_pool.get_num_free_blocks()
         free -= sum(map(self._missing, [*running, *settled]))
-        level = self._level_for([self._length(one) for one in new], free)
+        level = self._level_for(new, free)
         rule = self._rule
         changed = [one for one in new if level_of(rule, one.sampling_params) != level]
         for one in changed:
@@ -80,27 +83,33 @@ class BudgetRange:
         has_begun = request.num_preemptions > 0 or request.request_id in self._begun
         return has_begun or names_policy(self._rule, request.sampling_params)
 
-    def _level_for(self, lengths: list[int], free: int) -> int:
+    def _level_for(self, requests: list[Request], free: int) -> int:
         last = len(self._rule.levels) - 1
         for level in range(last):
-            needs = [self._needed(level, length) for length in lengths]
+            needs = [self._needed(level, request) for request in requests]
             # The tokens under way are those of one step, whose requests share them.
             under_way = max(reading - alone for alone, reading in needs)
             if sum(alone for alone, _ in needs) + under_way <= free:
                 return level
         return last
 
-    def _needed(self, level: int, length: int) -> tuple[int, int]:
-        """Pages of a request on its way to ``length`` tokens.
+    def _needed(self, level: int, request: Request) -> tuple[int, int]:
+        """Pages of a request on its way to its end.
 
         Returns:
             Those it needs if it comes token by token, and in steps of full length.
         """
-        key = level, length
+        length, spans = self._length(request), said_in(request.sampling_params, PROTECT)
+        key = level, length, spans
         if key not in self._known:
-            plan = self._rule.levels[level].plan(length)
+            rule = self._rule.levels[level]
+            if spans is not None:
+                rule = protecting(rule, parse_spans(spans))
+            plan = rule.plan(length)
             steps = 1, self._rule.in_flight
             alone, reading = (plan.most_pages(length, tokens) for tokens in steps)
+            if len(self._known) >= _MOST_KNOWN:  # clients name spans without end
+                self._known.clear()
             self._known[key] = alone, reading
         return self._known[key]
 

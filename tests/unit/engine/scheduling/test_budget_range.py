@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from kvserve.engine.scheduling.budget_range import BudgetRange
 from kvserve.engine.scheduling.usage import WorkerUsage, cache_usage
-from kvserve.extra_args import LEVEL, POLICY, said_in
+from kvserve.extra_args import LEVEL, POLICY, PROTECT, said_in
 from kvserve.plan.mixed import MixedRule
 from kvserve.plan.request_policies import level_of, rule_of_request
 from policies.sink_recent import SinkRecent
@@ -262,3 +262,15 @@ def test_where_there_is_one_budget_none_are_counted() -> None:
     assert (
         cache_usage(queue.manager, {}, [WorkerUsage(0.0, 0.0, {})])["budgets"] is None
     )
+
+
+def test_what_a_request_has_protected_counts() -> None:
+    queue = Queue(replace(RULE, protects=True), pages_of(RULE, 0, 900))
+    params = SamplingParams(max_tokens=100, extra_args={PROTECT: "0-700"})
+    free, protecting = queue.add(800, 100), queue.add(800, 100, params)
+    queue.waiting.remove(free)
+    queue.share()
+    assert queue.level(protecting) > 0
+    queue.waiting = [free]
+    queue.share()
+    assert queue.level(free) == 0
