@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.thinning_cases import KEYS, Case, build_case
 from kvserve.models import embedded_model
 from kvserve.profiling.attention_hook import PlainAttention, install_attention
 from kvserve.profiling.repetition import RepetitionProbe, read_and_repeat, repeat
 from kvserve.profiling.runs import load_model
-from kvserve.texts.families import FACTS, MAGIC_NUMBERS
-from kvserve.texts.haystack import insert, load_book, passage
-from kvserve.texts.needles import Needle, chat, encode, fit
+from kvserve.texts.needles import chat
 from policies.base import ModelShape
 from policies.expected_attention import ExpectedAttention
 from policies.history import Keeps
@@ -45,9 +43,7 @@ from policies.knorm import KNorm
 from policies.kvzap import KVzap
 from policies.thinning import Groups, ThinningPolicy
 
-_KEYS = 8
-_PAGE, _SINKS, _GROUP, _WINDOW_PAGES = 32, 32, 128, 4
-_TOLD = "Some made-up facts are hidden in the text above."
+_PAGE, _SINKS, _GROUP = 32, 32, 128
 _POLICIES: dict[str, type[ThinningPolicy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
@@ -56,115 +52,6 @@ _POLICIES: dict[str, type[ThinningPolicy]] = {
 }
 
 Scorer = Callable[[int, Groups], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A context, and questions that each follow it alone.
-
-    Attributes:
-        tokens: The context's, then those of all questions with their answers.
-        context: Tokens of the context.
-        ends: Where each question, its answer included, ends.
-        answers: Tokens of each answer, the last ones of its question.
-        text: What lies in the context.
-    """
-
-    tokens: list[int]
-    context: int
-    ends: list[int]
-    answers: list[int]
-    text: str
-
-    @property
-    def questions(self) -> Iterator[tuple[int, int]]:
-        yield from zip([self.context, *self.ends], self.ends, strict=False)
-
-    @property
-    def positions(self) -> Tensor:
-        """Every question begins where the context ends."""
-        parts = [torch.arange(self.context)]
-        parts += [self.context + torch.arange(b - a) for a, b in self.questions]
-        return torch.cat(parts)
-
-
-def build_case(tokenizer: Any, length: int, index: int) -> Case:
-    """Hide numbers in a context of about ``length`` tokens, questions included."""
-    rng = random.Random(f"thinning/{length}/{index}")
-    needles = _needles(rng)
-    prose = passage(load_book("persuasion"), rng.random(), 8 * length)
-    depths = [(key + rng.random()) / _KEYS for key in range(_KEYS)]
-    others = needles[1:] + needles[:1]
-
-    def render(text: str) -> _Rendered:
-        for needle, depth in reversed([*zip(needles, depths, strict=True)]):
-            text, _ = insert(text, needle.sentence, depth)
-        turns = [[needle] for needle in needles]
-        turns += [[*pair] for pair in zip(others, needles, strict=True)]
-        asked = [_ask(tokenizer, text, one) for one in turns]
-        return _Rendered(text, [encode(tokenizer, one)[0] for one in asked])
-
-    rendered = fit(tokenizer, prose, length, render)
-    assert rendered is not None
-    answers = [
-        list(tokenizer(f" {needle.answer}", add_special_tokens=False)["input_ids"])
-        for needle in needles * 2
-    ]
-    context = _common(rendered.asked)
-    tokens, ends = rendered.asked[0][:context], []
-    for asked, answer in zip(rendered.asked, answers, strict=True):
-        tokens = tokens + asked[context:] + answer
-        ends.append(len(tokens))
-    return Case(tokens, context, ends, [*map(len, answers)], rendered.text)
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    text: str
-    asked: list[list[int]]
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.asked[0]
-
-
-def _needles(rng: random.Random) -> list[Needle]:
-    """Draw needles that hide a number each, as many of every wording."""
-    wordings = [*MAGIC_NUMBERS.wordings]
-    wordings += [one for one in FACTS.wordings if one.answer == "{number}"]
-    found: dict[str, Needle] = {}
-    while len(found) < _KEYS:
-        wording = wordings[len(found) % len(wordings)]
-        family = replace(FACTS, wordings=(wording,))
-        needle = family.needle(0, seed=rng.randrange(1 << 20))
-        found.setdefault(needle.question, needle)
-    return rng.sample([*found.values()], _KEYS)
-
-
-def _begun(needle: Needle) -> str:
-    return needle.sentence[: needle.sentence.index(needle.answer)].rstrip()
-
-
-def _ask(tokenizer: Any, text: str, turns: list[Needle]) -> str:
-    """Render a conversation about ``text`` up to where the last answer is due."""
-    messages = []
-    for number, needle in enumerate(turns):
-        question = f"Question: {needle.question}"
-        content = question if number else f"{text}\n\n{_TOLD}\n{question}"
-        messages += [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": needle.sentence},
-        ]
-    rendered: str = tokenizer.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, tokenize=False
-    )
-    return rendered + _begun(turns[-1])
-
-
-def _common(sequences: list[list[int]]) -> int:
-    """Length of the prefix that all have in common."""
-    columns = enumerate(zip(*sequences, strict=False))
-    return next(place for place, column in columns if len(set(column)) > 1)
 
 
 @dataclass(frozen=True)
@@ -182,9 +69,9 @@ class Span:
     own: int
 
 
-def spans_of(case: Case) -> list[Span]:
+def spans_of(case: Case, recent: int) -> list[Span]:
     """Cut all queries of a case where what they see changes."""
-    window = case.positions // _PAGE - (_WINDOW_PAGES - 1)
+    window = case.positions // _PAGE - (recent // _PAGE - 1)
     complete = (case.context - _SINKS) // _GROUP
     groups = ((window * _PAGE - _SINKS) // _GROUP).clamp(0, complete)
     found = []
@@ -204,6 +91,10 @@ class ThinnedAttention(PlainAttention):
 
     name = "benchmark_thinned"
 
+    def __init__(self, recent: int) -> None:
+        super().__init__()
+        self.recent = recent
+
     def attach(self, model: Any) -> None:
         super().attach(model)
         # Questions do not see each other, which is not the library's to know.
@@ -212,7 +103,7 @@ class ThinnedAttention(PlainAttention):
     def see(self, case: Case, scorer: Scorer, keeps: Keeps) -> None:
         """Set what is read next."""
         self.case, self.scorer, self.keeps = case, scorer, keeps
-        self.spans = spans_of(case)
+        self.spans = spans_of(case, self.recent)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -336,7 +227,7 @@ def main() -> None:
     known: list[Tensor] = []
     if "oracle" in args.scorers:
         known = oracle_scores(model_dir, cases, -(-args.length // 3900))
-    attention = ThinnedAttention()
+    attention = ThinnedAttention(args.recent)
     attention.attach(model)
     config = model.config
     shape = ModelShape(
@@ -354,7 +245,9 @@ def main() -> None:
         known_right.append(read(model, case))
     _show("full", 1.0, 1.0, known_right, known_right)
     for budget, name in itertools.product(args.budgets, args.scorers):
-        policy = _POLICIES.get(name, KNorm)(budget=budget, profile=args.profile)
+        policy = _POLICIES.get(name, KNorm)(
+            budget=budget, profile=args.profile, recent=args.recent
+        )
         budgets = policy.budgets(shape, args.budget_length)
         keeps = tuple(tuple(head.keep for head in layer) for layer in budgets)
         answers = []
@@ -377,7 +270,7 @@ def _show(
     """Print how many of the questions that ``known`` has right are right."""
     shown = []
     for turn, what in enumerate(("at once", "second turn")):
-        part = slice(turn * _KEYS, (turn + 1) * _KEYS)
+        part = slice(turn * KEYS, (turn + 1) * KEYS)
         pairs = [
             (found, full)
             for one, other in zip(answers, known, strict=True)
@@ -404,6 +297,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scorers", nargs="+", choices=names, default=names)
     budgets = [0.25, 0.15, 0.125, 0.1]
     parser.add_argument("--budgets", nargs="+", type=float, default=budgets)
+    parser.add_argument("--recent", type=int, default=96, help="tokens of the window")
     parser.add_argument("--profile", help="another history.json than that which ships")
     return parser.parse_args()
 

@@ -107,7 +107,7 @@ class ThinningPolicy(StreamingPolicy):
             UserError: the budget does not pay for sinks and window, or the profile is
                 not of this model.
         """
-        keeps = self._keeps(model, min(self.length or tokens, tokens))
+        keeps = self._keeps(model, self.length or tokens)
         return tuple(tuple(map(self._head, layer)) for layer in keeps)
 
     def remark(self, model: ModelShape) -> str:

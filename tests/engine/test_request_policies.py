@@ -112,6 +112,43 @@ def test_preempted_requests_keep_their_policies(
     assert_same(found, [alone[text][i] for i, text in pairs])
 
 
+THINNING = {"budget": 0.5, "recent": 64, "group": 64, "length": 700}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "sharing"])
+def test_a_server_that_thins_lets_requests_name_others(
+    engines: EngineSlot,
+    model: Model,
+    prompts: list[list[int]],
+    alone: dict[str | None, list[Reply]],
+    shared: bool,
+) -> None:
+    arguments = model.policy_args("keydiff", **THINNING)
+    own = engines.start(model.path, "keydiff", arguments).generate(prompts, STEPS)
+    more = {**arguments, "budget": 0.8, "group": 128}
+    more_own = engines.start(model.path, "keydiff", more).generate(prompts, STEPS)
+    named = "keydiff:budget=0.8,group=128,recent=64,length=700"
+    kinds = SHAREABLE if shared else KINDS
+    # The profile of `retrieval` is of a server that was started with it.
+    texts = [None, named, *(one for one in kinds if one and "retrieval" not in one)]
+    expected = {**alone, None: own, named: more_own}
+    engine = engines.start(
+        model.path,
+        "keydiff",
+        arguments,
+        allow_request_policies=True,
+        max_num_batched_tokens=150,
+        enable_prefix_caching=shared,
+    )
+    for _ in range(2):
+        pairs = mixture(7, texts)
+        found = answers(engine, prompts, pairs)
+        assert_same(found, [expected[text][i] for i, text in pairs])
+    assert not any(engine.pages_held.values())
+    with pytest.raises(UserError, match="knorm: judges tokens as this server has not"):
+        engine.add([5, 6, 7], 4, **sampling("knorm"))
+
+
 def test_preempting_everybody_at_once_changes_nothing(
     engines: EngineSlot,
     model: Model,
