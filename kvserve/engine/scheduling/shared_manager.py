@@ -19,7 +19,6 @@ from kvserve.engine.spec import SharedPagedSpec
 from kvserve.plan.lanes import BoolArray, IntArray
 from kvserve.plan.page_plan import PagePlan
 from kvserve.plan.prefix import PrefixPages
-from kvserve.plan.rule import Rule
 
 
 class SharedPagedManager(HeadPagedManager):
@@ -56,18 +55,8 @@ class SharedPagedManager(HeadPagedManager):
         """The plan of requests that have none of their own."""
         return self._plan
 
-    def expect(
-        self,
-        request_id: str,
-        prompt_tokens: int,
-        reply_tokens: int,
-        named: Rule | None = None,
-    ) -> None:
-        super().expect(request_id, prompt_tokens, reply_tokens, named)
-        self._needs_of.pop(request_id, None)
-
     def needs_of(self, request_id: str) -> PrefixPages:
-        """Return what a request needs of a prefix."""
+        """Return what a request needs of a prefix, once it has begun."""
         found = self._needs_of.get(request_id)
         if found is None:
             plan = self.plan_of(request_id)

@@ -151,13 +151,19 @@ def test_only_those_count_that_could_run_at_once() -> None:
     assert said_in(requests[2].sampling_params, LEVEL) is None
 
 
-def test_what_waits_follows_the_load_and_what_has_begun_never_does() -> None:
+def one_that_runs_and_three_that_wait() -> tuple[Queue, Request, list[Request]]:
+    """Of equal requests, in a pool that holds two of the largest budget."""
     queue = Queue(RULE, 2 * pages_of(RULE, 0, 900))
     first = queue.add(800, 100)
     queue.share()
     queue.begin(first)
     others = [queue.add(800, 100) for _ in range(3)]
     queue.share()
+    return queue, first, others
+
+
+def test_what_waits_follows_the_load_and_what_has_begun_never_does() -> None:
+    queue, first, others = one_that_runs_and_three_that_wait()
     plan = queue.manager.plan_of(first.request_id)
     assert queue.level(first) == 0
     lowered = queue.level(others[0])
@@ -234,12 +240,7 @@ def test_who_names_a_policy_has_it_and_takes_its_room() -> None:
 
 
 def test_the_books_count_requests_by_their_budget_once() -> None:
-    queue = Queue(RULE, 2 * pages_of(RULE, 0, 900))
-    first = queue.add(800, 100)
-    queue.share()
-    queue.begin(first)
-    others = [queue.add(800, 100) for _ in range(3)]
-    queue.share()
+    queue, first, others = one_that_runs_and_three_that_wait()
     lowered = queue.level(others[0])
     queue.begin(others[0])
     queue.preempt(first)
