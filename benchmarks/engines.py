@@ -5,7 +5,8 @@ Engines are named as ``kvserve eval`` names policies, ``NAME[:KEY=VALUE,...]``, 
 ``budget=`` is of a decode request; ``none[:OPTION=VALUE,...]`` is stock vLLM with some
 of its options, and ``weights`` stock vLLM whose attention does nothing: the time that
 no cache policy can go below. A policy's name may end in ``@TYPE``, what its pages hold
-(``--kv-cache-dtype``): ``retrieval:budget=0.25@int8_per_token_head``.
+(``--kv-cache-dtype``): ``retrieval:budget=0.25@int8_per_token_head``. Prefixes are
+shared where a name ends in ``+prefixes``, of stock vLLM too.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def start_engine(
     name: str, model: str | None, tokens: int, options: Mapping[str, Any]
 ) -> Any:
     """Start an engine, as :class:`TimedEngine` says, and return the ``LLM``."""
+    name, prefixes, _ = name.partition("+prefixes")
     policy, _, own = name.partition(":")
-    chosen: dict[str, Any] = {"policy": None, "enable_prefix_caching": False}
+    chosen: dict[str, Any] = {"policy": None}
     if policy in (STOCK, WEIGHTS):
         chosen |= dict(pair.split("=", 1) for pair in own.split(",") if pair)
     else:
@@ -52,6 +54,7 @@ def start_engine(
         arguments = spec.arguments(tokens, shape)
         chosen = {"policy": spec.name, "policy_args": arguments}
         chosen["kv_cache_dtype"] = stored or "auto"
+    chosen["enable_prefix_caching"] = bool(prefixes)
     return LLM(model, **{**chosen, **options})
 
 

@@ -111,6 +111,11 @@ class CacheReport:
         return self.pages_total - self.pages_held
 
     @property
+    def pages_spared(self) -> int:
+        """What requests would hold besides if each had pages of its own."""
+        return sum(one.pages_held for one in self.requests) - self.pages_held
+
+    @property
     def bytes_held(self) -> int:
         return self.pages_held * self.page_bytes
 

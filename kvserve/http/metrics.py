@@ -28,6 +28,10 @@ GAUGES: dict[str, tuple[str, str]] = {
         "Head pages that are free.",
         "pages_free",
     ),
+    "kvserve_pages_spared": (
+        "Head pages that would be held besides if requests shared no prefixes.",
+        "pages_spared",
+    ),
     "kvserve_kv_bytes_held": (
         "Bytes of the KV pages that requests hold.",
         "bytes_held",

@@ -159,6 +159,10 @@ class Pages(Body):
         description="Held by requests that keep all till their prompt is read.",
         examples=[0],
     )
+    spared: int = Field(
+        description="That would be held besides if requests shared no prefixes.",
+        examples=[1800],
+    )
 
 
 class Bytes(Body):
@@ -225,6 +229,13 @@ class Traffic(Body):
     generation_tokens: int = Field(examples=[10240])
     requests_finished: int = Field(examples=[80])
     preemptions: int = Field(examples=[0])
+    prefix_queries: int = Field(
+        description="Tokens of prompts that were looked up in the prefix cache.",
+        examples=[81920],
+    )
+    prefix_hits: int = Field(
+        description="Those that were found, and not read again.", examples=[61440]
+    )
     time_to_first_token: Latency
     inter_token_latency: Latency
 
@@ -286,6 +297,12 @@ class Receipt(Body):
         "they stay in heads that keep tokens by position, and go last in those that "
         "are thinned.",
         examples=["0-71"],
+    )
+    tokens_cached: int = Field(
+        default=0,
+        description="Tokens that were read already when it last began: the cached "
+        "prefix.",
+        examples=[3040],
     )
 
 

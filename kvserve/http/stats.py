@@ -61,6 +61,7 @@ def _cache(report: CacheReport, evictions_per_second: float, names: list[str]) -
             held=report.pages_held,
             free=report.pages_free,
             dense_prefill=report.dense_prefill_pages,
+            spared=report.pages_spared,
         ),
         bytes=Bytes(
             held=report.bytes_held, full=report.bytes_full, saved=report.bytes_saved

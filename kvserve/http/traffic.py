@@ -16,6 +16,8 @@ _COUNTERS = {
     "generation_tokens": "vllm:generation_tokens_total",
     "requests_finished": "vllm:request_success_total",
     "preemptions": "vllm:num_preemptions_total",
+    "prefix_queries": "vllm:prefix_cache_queries_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
 }
 _LATENCIES = {
     "time_to_first_token": "vllm:time_to_first_token_seconds",

@@ -51,6 +51,7 @@ class Receipt:
         policy: the name of its policy.
         arguments: those that are not the policy's defaults.
         protected: spans of tokens that it had protected, ``FIRST-BEHIND`` with commas.
+        tokens_cached: tokens that were read already when it last began.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class Receipt:
     policy: str = ""
     arguments: str = ""
     protected: str = ""
+    tokens_cached: int = 0
 
     @property
     def entries_evicted(self) -> int:
@@ -100,6 +102,7 @@ class Ledger:
         self.given: Counter[int] = Counter()
         self._full, self._copies, self._most = full, copies, most_receipts
         self._peaks: dict[str, int] = {}
+        self._cached: dict[str, int] = {}
         self._receipts: OrderedDict[str, Receipt] = OrderedDict()
         self._evicted = 0
 
@@ -108,6 +111,10 @@ class Ledger:
         # A preempted request that comes back has not ended after all.
         self._receipts.pop(request_id, None)
         self._peaks[request_id] = max(pages, self._peaks.get(request_id, 0))
+
+    def begun(self, request_id: str, cached: int) -> None:
+        """Note how many tokens a request found cached when it began or resumed."""
+        self._cached[request_id] = cached
 
     def close(
         self,
@@ -120,6 +127,7 @@ class Ledger:
         """Write the receipt of a request that gives its ``pages`` pages back."""
         tokens = self.tokens.pop(request_id, None)
         peak = self._peaks.pop(request_id, pages)
+        cached = self._cached.pop(request_id, 0)
         if tokens is None:
             return
         receipt = Receipt(
@@ -134,6 +142,7 @@ class Ledger:
             policy.name if policy else "",
             changed_arguments(policy) if policy else "",
             protected,
+            cached,
         )
         self._evicted += receipt.entries_evicted
         self._forget_last_step(request_id)

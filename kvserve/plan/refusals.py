@@ -11,7 +11,6 @@ def check_unequal(
     policy: Policy,
     model: ModelShape,
     ranks: int,
-    shared: bool,
     mixed: bool,
     protects: bool = False,
     ranges: bool = False,
@@ -35,7 +34,6 @@ def check_unequal(
         )
     refused = {
         f"--tensor-parallel-size={ranks}": ranks > 1,
-        "--enable-prefix-caching": shared,
         "--allow-request-policies": mixed,
         "--protect": protects,
     }

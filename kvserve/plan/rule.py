@@ -203,7 +203,7 @@ def rule_under(
     if ranks > 1:
         check_ranks(policy, model, ranks)
     if model.layer_heads:
-        check_unequal(policy, model, ranks, shared, mixed, protects, bool(richer))
+        check_unequal(policy, model, ranks, mixed, protects, bool(richer))
     rule: StreamRule | DenseRule
     levels: tuple[StreamRule, ...] = ()
     if isinstance(policy, DensePolicy):

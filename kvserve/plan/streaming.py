@@ -118,7 +118,19 @@ class StreamRule:
         """What else a user should know when the server starts."""
         decides = self.model.open.num_layers > 0
         remark = self.policy.remark(self.model.open) if decides else NOTHING_OPEN
-        return [line for line in (remark, self._imbalance()) if line]
+        return [line for line in (remark, self._imbalance(), self._sharing()) if line]
+
+    def _sharing(self) -> str:
+        """Say what it costs that requests share prefixes, if anything."""
+        alone = replace(self, is_shared=False)
+        tokens = self.max_tokens
+        more = self.most_pages(tokens) - alone.most_pages(tokens)
+        if not self.is_shared or more <= 0:
+            return ""
+        return (
+            "prefixes are shared, so pages are given back instead of written over: up "
+            f"to {more} more while prompts are read (--no-enable-prefix-caching: none)"
+        )
 
     def _imbalance(self) -> str:
         """Say what it costs that ranks own heads in the model's order."""

@@ -97,7 +97,7 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["--enable-prefix-caching", "--scheduler-cls", "my.Scheduler"],
-            "--scheduler-cls=my.Scheduler: --policy full runs under SharingScheduler",
+            "--scheduler-cls=my.Scheduler: --enable-prefix-caching runs under",
         ),
         (
             ["--tensor-parallel-size", "2", "--policy", "heterogeneous"],

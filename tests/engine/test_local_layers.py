@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from kvserve.engine.settings import PolicySettings
+from kvserve.engine.start.options import engine_options
+from kvserve.engine.start.preflight import check_start
 from kvserve.errors import UserError
 from tests.engine.conftest import Model
 from tests.engine.families import FAMILIES
@@ -145,6 +148,26 @@ def test_prefixes_of_states_are_not_shared(
             **STATES[name].engine_options,
         )
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["granite4", "gemma4-unequal"])
+def test_models_that_cannot_share_are_served_without_and_told_so(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (family,) = (one for one in FAMILIES if one.name == name)
+    options = engine_options(
+        PolicySettings("full"),
+        {
+            "model": str(family.write(tmp_path)),
+            "skip_tokenizer_init": True,
+            "max_model_len": 1024,
+            **family.engine_options,
+        },
+    )
+    config = check_start(options)
+    assert options["enable_prefix_caching"] is False
+    assert not config.cache_config.enable_prefix_caching
+    assert "kvserve: prefix caching is off: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -168,3 +168,24 @@ def test_stock_vllm_reports_its_pool_and_no_receipts(
     assert found["cache"] is None
     assert found["pages_total"] == found["pages_free"] > 0
     assert engine._core.kvserve_receipts() is None
+
+
+def test_prefixes_that_requests_share_do_not_pass_for_compression(
+    engines: EngineSlot, models: dict[str, Model]
+) -> None:
+    model = models["tiny-gqa"]
+    engine = start(engines, model, "full", enable_prefix_caching=True)
+    stem, *ends = random_prompts([4 * PAGE, 5, 40, 70], model.vocab, seed=14)
+    engine.generate([[*stem, 9]], 1)
+    for end in ends:
+        engine.add(stem + end, 20)
+    for _ in range(10):
+        engine.step()
+    found = report(engine)
+    lanes = engine.rule.full.num_lanes
+    listed = sum(row["pages_held"] for row in found["cache"]["requests"])
+    held = found["pages_total"] - found["pages_free"]
+    assert listed - held == 2 * 4 * lanes
+    assert found["cache"]["pages_full"] == held
+    engine.finish()
+    assert [one["tokens_cached"] for one in receipts(engine)[:3]] == [4 * PAGE] * 3

@@ -115,6 +115,8 @@ def test_a_prompt_streams_and_moves_the_numbers(page: Page) -> None:
     expect(page.locator("#answer")).not_to_be_empty()
     expect(page.locator("#ttft")).to_have_text(re.compile(r"\d (s|ms)$"))
     expect(page.locator("#rows tr").first).to_contain_text("%")
+    expect(page.locator("#hits")).to_have_text(re.compile(r"^\d+ %$"))
+    expect(page.locator("#hit-tokens")).to_contain_text("not read again")
     expect(page.locator("#output-chart")).to_have_attribute(
         "aria-label", re.compile("output tokens/s")
     )

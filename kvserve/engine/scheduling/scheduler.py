@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler, which tells the manager of requests and cuts chunks by their plans.
 
+Where requests share pages it keeps what those are cached under true to what is in them.
 Nothing else about scheduling changes.
 """
 
@@ -30,6 +31,9 @@ class HeadPagedScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         self._pages = cast(HeadPagedManager, manager)
+        self._shared = manager if isinstance(manager, SharedPagedManager) else None
+        # What clients gave: a request's plan may change before it begins.
+        self._salts: dict[str, str | None] = {}
         # vLLM asks the method below, under the name of its first user, for every cut.
         if self._pages.rule.may_select:
             self.need_mamba_block_aligned_split = True
@@ -67,40 +71,17 @@ class HeadPagedScheduler(Scheduler):
         lengths = request.num_prompt_tokens, request.max_tokens
         named = rule_of_request(self._pages.rule, request.sampling_params, sum(lengths))
         self._pages.expect(request.request_id, *lengths, named)
+        if self._shared is not None:
+            self._name_plan(request, self._shared)
 
-    def _free_blocks(self, request: Request) -> None:
-        super()._free_blocks(request)
-        self._pages.forget(request.request_id)
-        if self._range is not None:
-            self._range.forget(request.request_id)
-
-
-class SharingScheduler(HeadPagedScheduler):
-    """Keeps what pages are cached under true to what is in them."""
-
-    _pages: SharedPagedManager
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # What clients gave: a request's plan may change before it begins.
-        self._salts: dict[str, str | None] = {}
-
-    def _expect(self, request: Request) -> None:
-        super()._expect(request)
-        self._name_plan(request)
-
-    def _free_blocks(self, request: Request) -> None:
-        super()._free_blocks(request)
-        self._salts.pop(request.request_id, None)
-
-    def _name_plan(self, request: Request) -> None:
+    def _name_plan(self, request: Request, pages: SharedPagedManager) -> None:
         """Make a plan of the request's own part of the hashes of its blocks.
 
         What a cached token holds follows from all that the layers before have seen.
         """
-        plan = self._pages.plan_of(request.request_id)
+        plan = pages.plan_of(request.request_id)
         salt = self._salts.setdefault(request.request_id, request.cache_salt)
-        own = "" if plan == self._pages.common_plan else plan.digest
+        own = "" if plan == pages.common_plan else plan.digest
         if not own and not salt:
             return
         # A salt that somebody chose never reads like one of ours.
@@ -111,5 +92,13 @@ class SharingScheduler(HeadPagedScheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # Under --scheduling-policy priority a request may lose its place in the very
         # step that was to fill its blocks. They have their names since then.
-        self._pages.uncache(request, request.num_computed_tokens)
+        if self._shared is not None:
+            self._shared.uncache(request, request.num_computed_tokens)
         super()._preempt_request(request, *args, **kwargs)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self._pages.forget(request.request_id)
+        self._salts.pop(request.request_id, None)
+        if self._range is not None:
+            self._range.forget(request.request_id)

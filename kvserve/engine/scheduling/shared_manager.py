@@ -96,6 +96,7 @@ class SharedPagedManager(HeadPagedManager):
         blocks = num_local_computed_tokens // self.block_size
         self.num_cached_block[request_id] = blocks
         self._computed[request_id] = num_local_computed_tokens
+        self.ledger.begun(request_id, num_local_computed_tokens)
         self._held[request_id] = len(pages)
         needs = self.needs_of(request_id)
         window = held[needs.first_entry(max(blocks - needs.window, 0)) :]

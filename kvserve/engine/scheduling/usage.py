@@ -67,7 +67,6 @@ def cache_usage(
         )
         held, retained = manager.pages_held(name), int(lanes.sum()) * copies
         reads = plan.is_reading(tokens)
-        totals["pages_full"] += full.pages(tokens)
         totals["entries_seen"] += int(full.lane_tokens(tokens).sum()) * copies
         totals["dense_prefill_pages"] += held if reads else 0
         rows.append(
@@ -84,7 +83,7 @@ def cache_usage(
     retained = int(by_head.sum())
     return {
         "page_bytes": manager.kv_cache_spec.page_size_bytes,
-        "pages_full": totals["pages_full"],
+        "pages_full": _pages_full(manager, requests),
         "dense_prefill_pages": totals["dense_prefill_pages"],
         "entries_seen": totals["entries_seen"],
         "entries_retained": by_head.tolist(),
@@ -95,6 +94,23 @@ def cache_usage(
         "ended": _ended(manager),
         "budgets": _budgets(manager, requests),
     }
+
+
+def _pages_full(manager: HeadPagedManager, requests: dict[str, Any]) -> int:
+    """Pages of a cache that evicts nothing; it would share prefixes where ours does."""
+    full, held = manager.rule.full, manager.ledger.tokens
+    pages = sum(full.pages(tokens) for tokens in held.values())
+    if not manager.rule.is_shared:
+        return pages
+    size, longest = manager.block_size, manager.rule.max_tokens
+    blocks = [
+        block
+        for name, tokens in held.items()
+        for block in requests[name].block_hashes[: tokens // size]
+    ]
+    # The model's own windows hold pages of their own for each request.
+    a_block = full.pages(longest) - full.pages(max(longest - size, 0))
+    return pages - (len(blocks) - len(set(blocks))) * a_block
 
 
 def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:

@@ -128,7 +128,6 @@ def _check(
             "max_num_seqs": args.max_num_seqs,
             "kv_cache_memory_bytes": memory,
             "tensor_parallel_size": args.tensor_parallel_size,
-            "enable_prefix_caching": False,
         },
     )
     config = check_start(options)
@@ -192,9 +191,10 @@ def _report(config: VllmConfig, memory: int, max_requests: int) -> str:
     ranks = config.parallel_config.tensor_parallel_size
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     column = f"{'budget':>8} "
+    beside = f"; {format_bytes(scratch * page)} of it is scratch for prefill"
     lines = [
-        f"pool {format_bytes(memory)}{each} of {format_bytes(page)} pages; "
-        f"{format_bytes(scratch * page)} of it is scratch for prefill{_states(config)}",
+        f"pool {format_bytes(memory)}{each} of {format_bytes(page)} pages"
+        f"{beside if scratch else ''}{_states(config)}",
         "",
         f"{'tokens':>8} {column if ends else ''}{'KV a request':>14} "
         f"{'full cache':>12} {'kept':>7} {'requests fit':>13} {'full fits':>10} "

@@ -211,11 +211,25 @@ def check_model(vllm_config: VllmConfig) -> None:
             raise _unsupported(model.model, kind)
     if _unequal_heads(vllm_config) and hardware.uses_triton():
         raise _unsupported(model.model, "on GPUs, unequal")
-    if model.is_hybrid and vllm_config.cache_config.enable_prefix_caching:
-        raise UserError(
-            f"--enable-prefix-caching: MODEL {model.model} keeps states beside its "
-            "cache, which nobody can start with; leave the flag out"
+    why = cannot_share(vllm_config)
+    if why and vllm_config.cache_config.enable_prefix_caching:
+        raise UserError(f"--enable-prefix-caching: {why}; leave the flag out")
+
+
+def cannot_share(vllm_config: VllmConfig) -> str:
+    """Say what keeps requests to a model from sharing prefixes, if anything does."""
+    model = vllm_config.model_config
+    if model.is_hybrid:
+        return (
+            f"MODEL {model.model} keeps states beside its cache, which nobody can "
+            "start with"
         )
+    if _unequal_heads(vllm_config):
+        return (
+            f"layers of {Path(model.model).name} have heads of unequal number or size, "
+            "which cannot have it yet"
+        )
+    return ""
 
 
 def _check_numbers(vllm_config: VllmConfig) -> None:

@@ -32,6 +32,7 @@ from kvserve.engine.devices.cpu import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8
+from policies.base import Capabilities
 
 EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
 """Environment: 1 lets a policy start on CUDA, as ``--experimental-cuda`` does."""
@@ -39,12 +40,15 @@ EXPERIMENTAL_CUDA = "KVSERVE_EXPERIMENTAL_CUDA"
 _CPU_WORKER = "kvserve.engine.worker.worker.HeadPagedCPUWorker"
 _GPU_WORKER = "kvserve.engine.worker.worker.HeadPagedWorker"
 _SCHEDULER = "kvserve.engine.scheduling.scheduler.HeadPagedScheduler"
-_SHARING = "kvserve.engine.scheduling.scheduler.SharingScheduler"
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _UNNAMED = ("auto", "nobind")
 """Settings of the binding that name no cores."""
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _STOCK = "or serve with stock vLLM: `--policy none`"
+_ANY_POLICY = (
+    "prefix caching is off, for requests may name policies that cannot share; "
+    "--enable-prefix-caching turns it on, and has those refused"
+)
 
 _REFUSED: dict[str, str] = {
     "speculative_config": "speculative decoding would score rejected tokens",
@@ -97,9 +101,8 @@ def engine_options(
     return {
         **options,
         "block_size": block_size,
-        "enable_prefix_caching": _prefix_caching(settings, options),
         "worker_cls": _worker(),
-        **_scheduler_for(settings, options),
+        **_prefixes_and_scheduler(settings, options),
         **(_on_gpu(options) if hardware.has_gpu() else _on_cpu(options)),
         "additional_config": {**additional, **settings.to_additional_config()},
     }
@@ -143,56 +146,64 @@ def _on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"async_scheduling": False}
 
 
-def _prefix_caching(settings: PolicySettings, options: Mapping[str, Any]) -> bool:
-    """Tell whether requests are to share pages: only where somebody asks for it."""
-    asked: bool | None = options.get("enable_prefix_caching")
-    record = settings.without_budget().capabilities
-    if record.prefix_cacheable:
-        if asked is None:
-            print(
-                "kvserve: prefix caching is off; --enable-prefix-caching turns it on",
-                file=sys.stderr,
-            )
-        return bool(asked)
-    if asked:
-        why = (
-            "keeps of a prefix what the text behind it attends to, so requests cannot "
-            "share pages"
-            if record.scores_tokens
-            else "does not let requests share pages (its record is not "
-            "prefix_cacheable)"
-        )
-        raise UserError(
-            f"--enable-prefix-caching: policy {settings.policy} {why}; leave it out, "
-            "or choose a policy of positions such as retrieval"
-        )
-    return False
-
-
-def _scheduler_for(
+def _prefixes_and_scheduler(
     settings: PolicySettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Name the scheduler of a policy that vLLM's own does not serve."""
-    record, mixes = (
-        settings.without_budget().capabilities,
-        settings.allow_request_policies,
+    """Settle whether requests share prefixes, and name the scheduler that it takes.
+
+    Returns:
+        ``enable_prefix_caching`` is ``None`` where the model decides: nobody asked, and
+        nothing but its layers can be in the way.
+    """
+    asked: bool | None = options.get("enable_prefix_caching")
+    theirs = options.get("scheduler_cls")
+    record = settings.without_budget().capabilities
+    if asked:
+        _check_sharing(settings.policy, record)
+    needs = {
+        "--allow-request-policies": settings.allow_request_policies,
+        f"--protect {settings.protect}": bool(settings.protect),
+        f"--policy {settings.policy}": bool(
+            settings.spec.least or record.elastic or record.prefill == "dense"
+        ),
+        "--enable-prefix-caching": asked,
+    }
+    why = [flag for flag, needed in needs.items() if needed]
+    if theirs not in (None, _SCHEDULER):
+        if why:
+            raise UserError(
+                f"--scheduler-cls={theirs}: {why[0]} runs under "
+                f"{_SCHEDULER.rpartition('.')[2]} here; leave it out"
+            )
+        return {"scheduler_cls": theirs, "enable_prefix_caching": False}
+    shares = record.prefix_cacheable if asked is None else asked
+    if asked is None and shares and settings.allow_request_policies:
+        print(f"kvserve: {_ANY_POLICY}", file=sys.stderr)
+        shares = False
+    return {
+        "scheduler_cls": _SCHEDULER,
+        "enable_prefix_caching": None if shares and asked is None else shares,
+    }
+
+
+def _check_sharing(policy: str, record: Capabilities) -> None:
+    """Refuse to share pages under a policy that cannot.
+
+    Raises:
+        UserError: names the flag, and why.
+    """
+    if record.prefix_cacheable:
+        return
+    why = (
+        "keeps of a prefix what the text behind it attends to, so requests cannot "
+        "share pages"
+        if record.scores_tokens
+        else "does not let requests share pages (its record is not prefix_cacheable)"
     )
-    own_rules = mixes or settings.protect or settings.spec.least
-    if options.get("enable_prefix_caching"):
-        scheduler = _SHARING
-    elif own_rules or record.elastic or record.prefill == "dense":
-        scheduler = _SCHEDULER
-    else:
-        return {}
-    if options.get("scheduler_cls") not in (None, scheduler):
-        flag = f"--policy {settings.policy}"
-        flag = f"--protect {settings.protect}" if settings.protect else flag
-        flag = "--allow-request-policies" if mixes else flag
-        raise UserError(
-            f"--scheduler-cls={options['scheduler_cls']}: {flag} "
-            f"runs under {scheduler.rpartition('.')[2]} here; leave it out"
-        )
-    return {"scheduler_cls": scheduler}
+    raise UserError(
+        f"--enable-prefix-caching: policy {policy} {why}; leave it out, "
+        "or choose a policy of positions such as retrieval"
+    )
 
 
 def stock_has_no_policies(flag: str = "--allow-request-policies") -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,7 +21,12 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from kvserve.engine.settings import CONFIG_KEY, FILES, PolicySettings
 from kvserve.engine.start.compiler import check_compiler
-from kvserve.engine.start.layers import check_model, model_shape_of, state_bytes
+from kvserve.engine.start.layers import (
+    cannot_share,
+    check_model,
+    model_shape_of,
+    state_bytes,
+)
 from kvserve.engine.start.support import (
     budgets_of,
     check_batch,
@@ -36,12 +42,12 @@ from kvserve.units import format_bytes
 from policies.files import digests
 
 
-def check_start(options: Mapping[str, Any]) -> VllmConfig:
+def check_start(options: dict[str, Any]) -> VllmConfig:
     """Check that an engine with these options can serve its policy.
 
     Args:
         options: engine options that name a policy (``options.engine_options``); they
-            learn of the files that were read.
+            learn of the files that were read, and whether prefixes are shared.
 
     Returns:
         The configuration that vLLM makes of the options.
@@ -49,10 +55,34 @@ def check_start(options: Mapping[str, Any]) -> VllmConfig:
     Raises:
         UserError: one line on what is wrong and what to do.
     """
+    config = _config_of(options)
+    if options.get("enable_prefix_caching") is None:
+        why = cannot_share(config)
+        if why:
+            print(f"kvserve: prefix caching is off: {why}", file=sys.stderr)
+        options["enable_prefix_caching"] = not why
+        config = _config_of(options)
+    check_model(config)
+    page_format_of(config)
+    rule = rule_of(config)
+    check_batch(config, rule)
+    check_pool(config, rule)
+    _check_compiler(config.compilation_config.mode)
+    # For the processes that the engine is yet to start in.
+    options["additional_config"][CONFIG_KEY][FILES] = digests()
+    return config
+
+
+def _config_of(options: Mapping[str, Any]) -> VllmConfig:
+    """Have vLLM make a configuration, and say in one line why it does not.
+
+    Raises:
+        UserError: that line.
+    """
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     known = {name: value for name, value in options.items() if name in fields}
     try:
-        config = EngineArgs(**known).create_engine_config()
+        return EngineArgs(**known).create_engine_config()
     except ValidationError as error:
         problems = "; ".join(str(e["msg"]) for e in error.errors())
         problems = problems.removeprefix("Value error, ")
@@ -65,15 +95,6 @@ def check_start(options: Mapping[str, Any]) -> VllmConfig:
         raise UserError(problems) from None
     except (ValueError, OSError, StrictDataclassError) as error:
         raise UserError(" ".join(str(error).split())) from None
-    check_model(config)
-    page_format_of(config)
-    rule = rule_of(config)
-    check_batch(config, rule)
-    check_pool(config, rule)
-    _check_compiler(config.compilation_config.mode)
-    # For the processes that the engine is yet to start in.
-    options["additional_config"][CONFIG_KEY][FILES] = digests()
-    return config
 
 
 def check_stock(args: argparse.Namespace) -> None:

@@ -69,10 +69,18 @@ function show(stats) {
   put("prompt-rate", optional(rate("prompt_tokens", MEAN_SECONDS), number));
   put("ttft", optional(stats.ttft, seconds));
   put("itl", optional(stats.itl, seconds));
+  showPrefixes(stats);
   showMemory(stats.cache);
   showCharts();
   showHeat(stats.cache);
   showState(stats.draining ? "stopping" : "live", "live");
+}
+
+function showPrefixes({ traffic, cache }) {
+  if (!traffic?.prefix_queries) return;
+  put("hits", percent(traffic.prefix_hits / traffic.prefix_queries));
+  put("hit-tokens", `${number(traffic.prefix_hits)} tokens were not read again`
+    + (cache?.pages.spared ? `; ${number(cache.pages.spared)} pages are spared` : ""));
 }
 
 function showMemory(cache) {

@@ -74,6 +74,7 @@ def test_every_metric_is_worked_out_from_the_report() -> None:
         "kvserve_pages_total": 1000,
         "kvserve_pages_held": 25,
         "kvserve_pages_free": 975,
+        "kvserve_pages_spared": 0,
         "kvserve_kv_bytes_held": 25 * 8192,
         "kvserve_kv_bytes_full": 100 * 8192,
         "kvserve_kv_bytes_saved": 75 * 8192,
