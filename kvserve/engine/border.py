@@ -319,6 +319,15 @@ _SERVER = [
 
 _REPLACED = [
     Relied(
+        "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU",
+        "subclassed, and named by the platform while a model is built: rows without "
+        "an adapter, which have -1 here, are left alone",
+        (
+            *("token_lora_indices", "sampler_indices", "add_lora_linear(y)"),
+            *("add_lora_embedding(y)", "add_lora_logits(y)"),
+        ),
+    ),
+    Relied(
         "vllm.v1.worker.block_table.BlockTable",
         "its instance's method is replaced: nobody reads page lists on the device",
         ("commit_block_table(num_reqs)",),

@@ -24,6 +24,7 @@ from kvserve.http.errors import (
 )
 from kvserve.http.gateway import Gateway
 from kvserve.http.metrics import KVMetrics
+from kvserve.http.parsers import tell_of_unseen_tools
 from kvserve.http.request_policies import guard_requests
 from kvserve.http.routes import router
 from kvserve.http.sampler import Sampler
@@ -72,6 +73,7 @@ class KVEndpoints:
         protect = gateway.policy.protect if gateway.policy else ""
         guard_requests(client, state, guard, protect)
         guard_constraints(client, state, ConstraintGuard(config))
+        tell_of_unseen_tools(state)
         if config.parallel_config._api_process_rank <= 0:
             sampler.metrics = _metrics_of(gateway, config)
             state.kvserve_metrics = asyncio.create_task(sampler.keep_metrics())

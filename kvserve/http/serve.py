@@ -31,6 +31,7 @@ from kvserve.engine.start.options import (
 from kvserve.engine.start.preflight import check_start, check_stock, policy_in_words
 from kvserve.errors import UserError
 from kvserve.http.draining import engine_died
+from kvserve.http.parsers import choose_parsers
 from kvserve.http.settings import MIDDLEWARE, HttpSettings, add_http_arguments
 from kvserve.models import EMBEDDED_MODEL, resolve_model
 from kvserve.processor import settle_dtype
@@ -104,6 +105,7 @@ def serve(argv: list[str], quiet: bool = False) -> int:
         address.check_free()
     _resolve_model(args)
     args.dtype = settle_dtype(args.dtype)
+    choose_parsers(args)
     if runs_on := prepare_environment(vars(args)):
         print(f"kvserve: {runs_on}", file=sys.stderr)
     settings = choose_policy(args.policy, args.policy_arg, args.model)

@@ -8,6 +8,7 @@ import gc
 import itertools
 import json
 import random
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -198,7 +199,13 @@ class Engine:
         values = [m.value for m in self._llm.get_metrics() if m.name == name]
         return float(values[-1])
 
-    def add(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> str:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        adapter: Path | None = None,
+        **sampling: Any,
+    ) -> str:
         """Queue a greedy request, unless ``sampling`` says otherwise; name it."""
         from vllm import SamplingParams
 
@@ -213,7 +220,10 @@ class Engine:
         )
         return str(
             self._llm.llm_engine.add_request(
-                str(next(self._names)), {"prompt_token_ids": list(prompt)}, params
+                str(next(self._names)),
+                {"prompt_token_ids": list(prompt)},
+                params,
+                lora_request=adapter and _adapter(adapter),
             )
         )
 
@@ -307,6 +317,13 @@ def _note_logprobs(reply: Reply, output: Any) -> None:
         else:
             pairs = zip(ids.tolist(), values.tolist(), strict=True)
             reply.best.append(dict(pairs))
+
+
+def _adapter(folder: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    number = zlib.crc32(str(folder).encode())
+    return LoRARequest(folder.name, number, str(folder))
 
 
 class EngineSlot:

@@ -24,7 +24,6 @@ _OPTIONS = (
     *("--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"),
     *("--kv-cache-memory-bytes", "256M", "--max-model-len", "2048"),
     *("--max-num-seqs", "16", "--disable-uvicorn-access-log"),
-    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--max-body-size", "1MiB"),
 )
 

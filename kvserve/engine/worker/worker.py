@@ -8,7 +8,7 @@ worker in the same process is stock.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from vllm.config import (
@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvserve.engine.devices import hardware
+from kvserve.engine.devices.cpu_adapters import own_adapters
 from kvserve.engine.devices.cpu_operators import fused_gates
 from kvserve.engine.scheduling.usage import WorkerUsage
 from kvserve.engine.spec import HeadPagedSpec, SharedPagedSpec
@@ -229,9 +230,7 @@ class HeadPagedCPUWorker(HeadPagedWorker, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         eager = self.vllm_config.compilation_config.mode == CompilationMode.NONE
         allow_compilation(not eager)
-        if eager:
-            with fused_gates():
-                super().load_model(*args, **kwargs)
-        else:
+        if not eager:
             let_compiled_code_load()
+        with own_adapters(), fused_gates() if eager else nullcontext():
             super().load_model(*args, **kwargs)
