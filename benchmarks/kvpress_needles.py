@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from contextlib import nullcontext
 from functools import lru_cache
@@ -26,6 +27,10 @@ import torch
 from kvpress import (
     AdaKVPress,
     DuoAttentionPress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    KVzipPress,
     ObservedAttentionPress,
     SnapKVPress,
     StreamingLLMPress,
@@ -36,6 +41,14 @@ from transformers.utils import logging
 
 _NOT_SETTINGS = {"press", "compression_ratio", "compression_ratio_", "streaming_mask"}
 _PACKAGES = ("kvpress", "transformers", "torch")
+_BY_RATIO = {
+    press.__name__: press
+    for press in (
+        *(ExpectedAttentionPress, KeyDiffPress, KnormPress, KVzipPress),
+        *(ObservedAttentionPress, SnapKVPress, StreamingLLMPress),
+    )
+}
+_ADA = re.compile(r"AdaKVPress\((?P<inner>\w+)\)")
 
 
 class GatedDuoAttentionPress(DuoAttentionPress):
@@ -61,14 +74,12 @@ def make_press(cell: dict[str, Any], job: dict[str, Any]) -> Any:
     arguments = cell["arguments"]
     if name == "none":
         return None
-    if name == "StreamingLLMPress":
-        return StreamingLLMPress(compression_ratio=ratio, **arguments)
-    if name == "SnapKVPress":
-        return SnapKVPress(compression_ratio=ratio, **arguments)
-    if name == "AdaKVPress(SnapKVPress)":
-        return AdaKVPress(SnapKVPress(compression_ratio=ratio, **arguments))
-    if name == "ObservedAttentionPress":
-        return ObservedAttentionPress(compression_ratio=ratio)
+    if name in _BY_RATIO:
+        return _BY_RATIO[name](compression_ratio=ratio, **arguments)
+    adaptive = _ADA.fullmatch(name)
+    if adaptive and adaptive["inner"] in _BY_RATIO:
+        inner = _BY_RATIO[adaptive["inner"]]
+        return AdaKVPress(inner(compression_ratio=ratio, **arguments))
     if name == "DuoAttentionPress":
         return DuoAttentionPress(head_compression_ratio=ratio)
     if name == "DuoAttentionPress, our gates":

@@ -31,7 +31,7 @@ from vllm.benchmarks.serve import TaskType, benchmark
 from kvserve.bench.stream import DONE, Reply
 from kvserve.bench.workloads import Request
 
-_ENDPOINT = "/v1/chat/completions"
+ENDPOINT = "/v1/chat/completions"
 _OURS = "kvserve-chat"
 
 
@@ -60,7 +60,7 @@ def send(
         in seconds, ``output_lens`` (0 for a request that failed), ``errors``, and
         totals such as ``duration``.
     """
-    ASYNC_REQUEST_FUNCS[_OURS] = _ask
+    ASYNC_REQUEST_FUNCS[_OURS] = ask
     random.seed(seed)
     np.random.seed(seed)
     # Its report of fifty lines would hide the table that follows.
@@ -69,7 +69,7 @@ def send(
             benchmark(
                 task_type=TaskType.GENERATION,
                 endpoint_type=_OURS,
-                api_url=base_url + _ENDPOINT,
+                api_url=base_url + ENDPOINT,
                 base_url=base_url,
                 model_id=model,
                 model_name=model,
@@ -104,7 +104,7 @@ def _sample(request: Request) -> SampleRequest:
     )
 
 
-async def _ask(
+async def ask(
     request_func_input: RequestFuncInput,
     session: aiohttp.ClientSession,
     pbar: Any = None,

@@ -9,22 +9,15 @@ import sys
 import tempfile
 import urllib.error
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvserve.bench.result import Result, draw, table, write_json
+from kvserve.bench.loads import Load, add_load_arguments, load_of
+from kvserve.bench.result import write_json
 from kvserve.bench.scrape import Sampler, get
 from kvserve.bench.server import running_server
-from kvserve.bench.workloads import (
-    WORKLOADS,
-    Request,
-    draw_workload,
-    read_workload,
-    write_workload,
-)
 from kvserve.cores import Cores
 from kvserve.errors import UserError
 from kvserve.models import add_model
@@ -45,21 +38,14 @@ _EXAMPLES = """examples:
   kvserve bench --compare none,h2o:budget=25%,norm=count -- --max-model-len 4096
   kvserve bench --policy retrieval:budget=25% --policy snapkv:budget=25%
   kvserve bench --workload my.jsonl --rate 2 --concurrency 8
+  kvserve bench --workload agents --agents 16 --turns 8 --kv-memory 256MiB \\
+    --compare none,retrieval:budget=25%,kvzap:budget=12.5%
 
 What follows `--` goes to every `kvserve serve` that is started. A workload file has a
 line a request: {"prompt": "...", "output_tokens": 64}, or "messages" instead of the
-prompt. A server that wants a key gets OPENAI_API_KEY.
+prompt; or a line an agent: {"system": "...", "turns": [{"user": "...",
+"output_tokens": 64, "think": 1.5}]}. A server that wants a key gets OPENAI_API_KEY.
 """
-
-
-@dataclass(frozen=True)
-class Load:
-    """The requests, and how they arrive."""
-
-    requests: Sequence[Request]
-    seed: int
-    rate: float
-    concurrency: int | None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="512MiB",
         help="KV cache of a server that is started (default: %(default)s)",
     )
-    _add_load_arguments(parser)
+    add_load_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--image", type=Path, metavar="FILE.png", help="draw it")
     output.add_argument("--json", type=Path, metavar="FILE", help="write everything")
@@ -103,53 +89,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("load")
-    kinds = "; ".join(
-        f"{name}: {kind.about}, {kind.prompt_tokens} + {kind.output_tokens} tokens"
-        for name, kind in WORKLOADS.items()
-    )
-    group.add_argument(
-        "--workload",
-        default="chat",
-        metavar="NAME|FILE.jsonl",
-        help=f"{kinds}; or a file (default: %(default)s)",
-    )
-    group.add_argument(
-        "--requests", type=int, help="how many (default: 16, or all of a file)"
-    )
-    group.add_argument("--prompt-tokens", type=int, help="mean length of a prompt")
-    group.add_argument(
-        "--output-tokens", type=int, help="mean length of a reply; of a file's: exact"
-    )
-    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    group.add_argument(
-        "--rate",
-        type=float,
-        default=float("inf"),
-        help="requests a second, as a Poisson process (default: all at once)",
-    )
-    group.add_argument(
-        "--concurrency", type=int, help="most requests in flight (default: no limit)"
-    )
-
-
 def bench(argv: list[str]) -> int:
     """Run the benchmark; 1 if a request failed."""
     own, server_flags = _split(argv)
     args = make_parser().parse_args(own)
     _check(args, server_flags)
-    load = Load(_requests(args), args.seed, args.rate, args.concurrency)
+    load = load_of(args)
     if args.write_workload:
-        write_workload(args.write_workload, load.requests)
+        load.write(args.write_workload)
         return 0
     results = list(_results(args, server_flags, load))
-    title = _title(args, results)
-    print(f"\n### {title}\n\n{table(results)}")
+    title = _title(args, load, results)
+    print(f"\n### {title}\n\n{load.table(results)}")
     if args.json:
         write_json(args.json, _about(args, server_flags), results)
     if args.image:
-        draw(args.image, title, results)
+        load.draw(args.image, title, results)
     for result in results:
         if result.failed:
             print(
@@ -168,10 +123,6 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _check(args: argparse.Namespace, server_flags: list[str]) -> None:
-    for name in ("requests", "prompt_tokens", "output_tokens", "concurrency", "rate"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if args.url and server_flags:
         raise UserError("--url: takes no server flags after `--`: it starts no server")
     if args.url and args.model:
@@ -187,30 +138,7 @@ def _check(args: argparse.Namespace, server_flags: list[str]) -> None:
             raise UserError(f"--{flag} {path}: no such folder: {path.parent}")
 
 
-def _requests(args: argparse.Namespace) -> list[Request]:
-    if args.workload in WORKLOADS:
-        return draw_workload(
-            args.workload,
-            args.requests or 16,
-            args.seed,
-            args.prompt_tokens,
-            args.output_tokens,
-        )
-    if args.prompt_tokens:
-        raise UserError("--prompt-tokens: a workload file has prompts of its own")
-    path = Path(args.workload)
-    if not path.suffix:
-        names = ", ".join(WORKLOADS)
-        raise UserError(f"--workload {args.workload}: choose one of {names}, or a file")
-    requests = read_workload(path, args.output_tokens)
-    if args.requests and args.requests > len(requests):
-        raise UserError(
-            f"--requests {args.requests}: --workload {path} has {len(requests)}"
-        )
-    return requests[: args.requests]
-
-
-def _results(args: argparse.Namespace, further: list[str], load: Load) -> list[Result]:
+def _results(args: argparse.Namespace, further: list[str], load: Load) -> list[Any]:
     if args.url:
         return [measure(args.url.rstrip("/"), args.url, load)]
     policies = named_policies(args) or [""]
@@ -248,7 +176,7 @@ def flags_of(args: argparse.Namespace, policy: str) -> list[str]:
     return [*flags, "--policy", policy] if policy else flags
 
 
-def measure(base_url: str, label: str, load: Load) -> Result:
+def measure(base_url: str, label: str, load: Load) -> Any:
     """Warm one server up, put it under load and watch its metrics.
 
     Raises:
@@ -257,24 +185,17 @@ def measure(base_url: str, label: str, load: Load) -> Result:
     model = _served_model(base_url)
     from kvserve.bench.client import send
 
-    send(base_url, model, [_warm_up(load.requests[0])], progress=False)
+    send(base_url, model, [load.warm_up], progress=False)
     try:
         with Sampler(base_url) as sampler:
-            measured = send(
-                base_url,
-                model,
-                load.requests,
-                seed=load.seed,
-                rate=load.rate,
-                concurrency=load.concurrency,
-            )
+            measured = load.send(base_url, model)
     except KeyError as error:
         raise UserError(
             f"{base_url}/metrics: has no {error.args[0]}; is this a vLLM server?"
         ) from None
     except OSError as error:
         raise UserError(f"{base_url}/metrics: cannot be read ({error})") from None
-    return Result.from_run(label, measured, sampler.samples)
+    return load.result(label, measured, sampler.samples)
 
 
 def _served_model(base_url: str) -> str:
@@ -293,29 +214,16 @@ def _served_model(base_url: str) -> str:
         raise UserError(f"--url {base_url}: its /v1/models lists no model") from None
 
 
-def _warm_up(request: Request) -> Request:
-    """The same length, but no prefix that a cache of prompts could recognise."""
-    first, *rest = request.messages
-    first = {**first, "content": f"Warming up. {first['content']}"}
-    return replace(request, messages=(first, *rest), output_tokens=8)
-
-
-def _title(args: argparse.Namespace, results: Sequence[Result]) -> str:
-    first = results[0]
-    count = first.completed or 1
+def _title(args: argparse.Namespace, load: Load, results: Sequence[Any]) -> str:
     memory = "" if args.url else f", {args.kv_memory} of KV cache"
-    return (
-        f"{Path(args.workload).name}: {count} requests of "
-        f"{first.prompt_tokens / count:.0f} + {first.output_tokens / count:.0f} "
-        f"tokens{memory}"
-    )
+    return f"{load.title(results)}{memory}"
 
 
 def _about(args: argparse.Namespace, server_flags: list[str]) -> dict[str, Any]:
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
-        if name not in ("json", "image", "write_workload") and value != float("inf")
+        if name not in ("json", "image", "write_workload")
     }
     return {
         "kvserve": __version__,

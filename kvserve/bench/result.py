@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,21 @@ class Spread:
         values = np.asarray(seconds or [0.0])
         p50, p99 = np.percentile(values, [50, 99])
         return cls(float(values.mean()), float(p50), float(p99))
+
+
+class Run(Protocol):
+    """A policy under some load, and the server's own gauges meanwhile."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def timeline(self) -> list[Sample]: ...
+
+
+def first_error(errors: Sequence[str]) -> str:
+    """The last line of the first error, if there is one."""
+    found = [error for error in errors if error]
+    return found[0].strip().splitlines()[-1] if found else ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,6 @@ class Result:
         Latencies are those of requests that were answered in full. One that failed has
         no output, but times of what came before.
         """
-        errors = [error for error in measured["errors"] if error]
         whole = [at for at, tokens in enumerate(measured["output_lens"]) if tokens]
         gaps = [gap for at in whole for gap in measured["itls"][at]]
         return cls(
@@ -71,7 +85,7 @@ class Result:
             seconds=measured["duration"],
             completed=measured["completed"],
             failed=measured["failed"],
-            first_error=errors[0].strip().splitlines()[-1] if errors else "",
+            first_error=first_error(measured["errors"]),
             prompt_tokens=measured["total_input_tokens"],
             output_tokens=measured["total_output_tokens"],
             ttft=Spread.of([measured["ttfts"][at] for at in whole]),
@@ -135,7 +149,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, about: dict[str, Any], results: Sequence[Result]) -> None:
+def write_json(path: Path, about: dict[str, Any], results: Sequence[Any]) -> None:
     """Write the settings of the run and every result with its timeline."""
     document = about | {"runs": [result.to_json() for result in results]}
     try:
@@ -146,6 +160,21 @@ def write_json(path: Path, about: dict[str, Any], results: Sequence[Result]) -> 
 
 def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     """Draw requests running and KV held over time, throughput and first tokens."""
+    figure, axes, colours = draw_timelines(title, results)
+    names = [result.policy for result in results]
+    axes[0, 1].bar(names, [r.output_per_second for r in results], color=colours)
+    axes[0, 1].set(ylabel="output tokens a second")
+    axes[1, 1].bar(names, [r.ttft.mean for r in results], color=colours)
+    axes[1, 1].set(ylabel="mean time to first token, s")
+    save_figure(figure, path)
+
+
+def draw_timelines(title: str, results: Sequence[Run]) -> tuple[Any, Any, list[Any]]:
+    """Draw requests running and KV held over time, and leave room beside for two more.
+
+    Returns:
+        The figure, its axes ``[2, 2]``, and a colour for each result.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,7 +183,6 @@ def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
     figure.suptitle(title)
     colours = [pyplot.get_cmap("tab10")(index) for index in range(len(results))]
-    names = [result.policy for result in results]
     for result, colour in zip(results, colours, strict=True):
         seconds = [sample.seconds for sample in result.timeline]
         running = [sample.running for sample in result.timeline]
@@ -165,11 +193,14 @@ def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     axes[0, 0].set(ylabel="requests running", ylim=(0, None))
     axes[0, 0].legend()
     axes[1, 0].set(ylabel="KV cache held, %", ylim=(0, 105), xlabel="seconds")
-    axes[0, 1].bar(names, [r.output_per_second for r in results], color=colours)
-    axes[0, 1].set(ylabel="output tokens a second")
-    axes[1, 1].bar(names, [r.ttft.mean for r in results], color=colours)
-    axes[1, 1].set(ylabel="mean time to first token, s")
-    for axis in axes.flat:
+    return figure, axes, colours
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of :func:`draw_timelines`, and forget it."""
+    from matplotlib import pyplot
+
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, dpi=120)

@@ -18,6 +18,8 @@ _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
 _USAGE = "vllm:kv_cache_usage_perc"
 _PREEMPTIONS = "vllm:num_preemptions_total"
+_QUERIES = "vllm:prefix_cache_queries_total"
+_HITS = "vllm:prefix_cache_hits_total"
 _SECONDS_BETWEEN = 0.25
 
 
@@ -28,6 +30,8 @@ class Sample:
     Attributes:
         usage: share of the KV cache that is held, 0 to 1.
         preemptions: since the server started.
+        prefix_queries: prompt tokens that were looked up in the prefix cache since.
+        prefix_hits: those that were found.
     """
 
     seconds: float
@@ -35,6 +39,8 @@ class Sample:
     waiting: float
     usage: float
     preemptions: float
+    prefix_queries: float = 0.0
+    prefix_hits: float = 0.0
 
 
 def get(url: str, timeout: float = 10) -> str:
@@ -62,6 +68,8 @@ def read_sample(text: str, seconds: float) -> Sample:
         sum(values[_WAITING]),
         max(values[_USAGE]),
         sum(values[_PREEMPTIONS]),
+        sum(values.get(_QUERIES, [])),
+        sum(values.get(_HITS, [])),
     )
 
 

@@ -134,7 +134,7 @@ def _near(rng: random.Random, mean: int) -> int:
     return max(1, round(mean * rng.uniform(0.75, 1.25)))
 
 
-def _prose(rng: random.Random, tokens: float) -> str:
+def prose(rng: random.Random, tokens: float) -> str:
     text = load_book(rng.choice(_BOOKS))
     return passage(text, rng.random(), max(1, int(tokens * _CHARACTERS_PER_TOKEN)))
 
@@ -146,28 +146,26 @@ def _chat(rng: random.Random, prompt_tokens: int) -> tuple[Message, ...]:
     share = prompt_tokens / (4 * turns + 1)
     messages: list[Message] = []
     for _ in range(turns):
-        question = f"What do you make of this? {_prose(rng, share)}"
+        question = f"What do you make of this? {prose(rng, share)}"
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _prose(rng, 3 * share)})
-    question = f"{rng.choice(_FOLLOW_UPS)} {_prose(rng, share)}"
+        messages.append({"role": "assistant", "content": prose(rng, 3 * share)})
+    question = f"{rng.choice(FOLLOW_UPS)} {prose(rng, share)}"
     return (*messages, {"role": "user", "content": question})
 
 
 def _long_document(rng: random.Random, prompt_tokens: int) -> tuple[Message, ...]:
     """A chapter or two, and a question about it."""
-    content = f"{_prose(rng, prompt_tokens)}\n\n{rng.choice(_QUESTIONS)}"
+    content = f"{prose(rng, prompt_tokens)}\n\n{rng.choice(_QUESTIONS)}"
     return ({"role": "user", "content": content},)
 
 
 def _long_generation(rng: random.Random, prompt_tokens: int) -> tuple[Message, ...]:
     """A beginning, to be continued at length."""
-    content = (
-        f"Continue this story, chapter by chapter:\n\n{_prose(rng, prompt_tokens)}"
-    )
+    content = f"Continue this story, chapter by chapter:\n\n{prose(rng, prompt_tokens)}"
     return ({"role": "user", "content": content},)
 
 
-_FOLLOW_UPS = (
+FOLLOW_UPS = (
     "And how does it go on?",
     "Say that more simply:",
     "Who is meant here?",

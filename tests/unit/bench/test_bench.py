@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from kvserve.bench.command import (
-    Load,
     bench,
     compiled_alike,
     flags_of,
@@ -22,6 +21,7 @@ from kvserve.bench.command import (
     measure,
     named_policies,
 )
+from kvserve.bench.loads import Requests
 from kvserve.bench.result import Result, draw, table, write_json
 from kvserve.bench.scrape import Sample, Sampler, read_sample
 from kvserve.bench.workloads import (
@@ -192,7 +192,7 @@ def test_a_server_that_is_not_vllm_is_named(
     fake_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_Server, "metrics", "python_info 1\n")
-    load = Load(draw_workload("chat", 1, 0), 0, float("inf"), None)
+    load = Requests("chat", draw_workload("chat", 1, 0), 0, float("inf"), None)
     with pytest.raises(UserError, match="kv_cache_usage_perc"):
         measure(fake_server, "x", load)
 
