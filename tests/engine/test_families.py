@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def assert_same(found: list[Reply], expected: list[Reply], family: Family) -> No
             assert is_tie(ours, theirs, theirs)
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+    """Writes each model once: vLLM compiles some classes of transformers in place.
+
+    They can be made outside an engine no more.
+    """
+    folder, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def write(family: Family) -> Path:
+        if family.name not in made:
+            made[family.name] = family.write(folder)
+        return made[family.name]
+
+    return write
+
+
 @pytest.mark.parametrize("family", REFUSED, ids=str)
 def test_what_is_not_served_is_refused_in_one_line(
     engines: EngineSlot, tmp_path: Path, family: Family
@@ -93,9 +110,9 @@ def test_what_is_not_served_is_refused_in_one_line(
 
 @pytest.mark.parametrize("family", SERVED)
 def test_full_is_stock_vllm(
-    engines: EngineSlot, tmp_path: Path, family: Family
+    engines: EngineSlot, written: Callable[[Family], Path], family: Family
 ) -> None:
-    model = family.write(tmp_path)
+    model = written(family)
     stock = engines.start(model, None, **family.engine_options)
     expected = stock.generate(PROMPTS, STEPS)
     engine = engines.start(model, "full", **family.engine_options)
@@ -107,9 +124,9 @@ def test_full_is_stock_vllm(
     [row for row in SERVED if row.id in ("gemma3n", "gemma4", "gemma4-unequal")],
 )
 def test_a_window_beside_those_of_the_model_depends_on_no_chunk(
-    engines: EngineSlot, tmp_path: Path, family: Family
+    engines: EngineSlot, written: Callable[[Family], Path], family: Family
 ) -> None:
-    model = family.write(tmp_path)
+    model = written(family)
     options, expected = dict(family.engine_options), None
     for chunk in (1024, 200, 64):
         options["max_num_batched_tokens"] = chunk
@@ -131,10 +148,10 @@ def test_a_window_beside_those_of_the_model_depends_on_no_chunk(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_stock_vllm_serves_layers_of_these_kinds(
-    engines: EngineSlot, tmp_path: Path, family: Family
+    engines: EngineSlot, written: Callable[[Family], Path], family: Family
 ) -> None:
     """Or the rows above would compare nothing that their names promise."""
-    engine = engines.start(family.write(tmp_path), None, **family.engine_options)
+    engine = engines.start(written(family), None, **family.engine_options)
     assert kinds_of(engine) == family.kinds
     together = engine.generate(PROMPTS, STEPS)
     # A model that ever repeats itself would not tell what a head has seen.
