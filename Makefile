@@ -84,7 +84,7 @@ gpu-rehearsal: $(STAMP)  ## Prove the bundle without a GPU (3 GB of PyTorch, onc
 gpu-test: $(STAMP)  ## Test and measure kvserve on this machine's GPU
 	$(BIN)/python scripts/gpu/run.py all
 
-loadtest: $(STAMP)  ## Load a server (URL=..., or its own) with guidellm: loadtest.html
+loadtest: $(STAMP)  ## Load a server (URL=..., or its own) with guidellm and agents: loadtest.html, -agents.png
 	test -x .venv-load/bin/python || $(PYTHON) -m venv .venv-load
 	.venv-load/bin/python -m pip install -q --no-deps torch==2.13.0+cpu 2>/dev/null || \
 	  $(BIN)/uv pip install -q --no-deps -p .venv-load/bin/python --torch-backend cpu torch==2.13.0

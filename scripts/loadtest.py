@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a kvserve server with guidellm, and write its HTML report.
+"""Load a kvserve server with guidellm, then with agents; write a report of each.
 
 make loadtest                                    # starts a server
 make loadtest URL=http://127.0.0.1:8000          # uses one that runs
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvserve.bench.command import bench
 from kvserve.bench.scrape import get
 from kvserve.bench.server import running_server
 from kvserve.bench.workloads import WORKLOADS, draw_workload, write_workload
@@ -28,7 +29,7 @@ _SINGLE_QUESTIONS = [name for name in WORKLOADS if name != "chat"]
 
 
 def main() -> int:
-    """Run guidellm once for every number of streams."""
+    """Run guidellm once for every number of streams, and agents after it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", help="a server that runs; default: start one")
     parser.add_argument(
@@ -40,10 +41,11 @@ def main() -> int:
     parser.add_argument("--streams", default="1,4", help="requests at a time, in turn")
     parser.add_argument("--output", type=Path, default=Path("loadtest.html"))
     parser.add_argument("--guidellm", default=".venv-load/bin/guidellm")
+    parser.add_argument("--agents", type=int, default=4, help="of 4 turns; 0: none")
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as name, _server(args.url) as url:
-            return _run(args, url, Path(name))
+            return _run(args, url, Path(name)) or _run_agents(args, url)
     except UserError as error:
         print(f"loadtest: error: {error}", file=sys.stderr)
         return 2
@@ -82,6 +84,18 @@ def _run(args: argparse.Namespace, url: str, folder: Path) -> int:
     command += ["--output", f"kind=html,path={args.output}"]
     command += ["--output", "kind=console"]
     return subprocess.run(command, check=False).returncode
+
+
+def _run_agents(args: argparse.Namespace, url: str) -> int:
+    """Have agents talk to the server, and draw how they fared."""
+    if not args.agents:
+        return 0
+    image = args.output.with_name(f"{args.output.stem}-agents.png")
+    load = ["--workload", "agents", "--agents", str(args.agents), "--turns", "4"]
+    load += ["--shared-tokens", str(args.prompt_tokens // 2)]
+    load += ["--prompt-tokens", str(args.prompt_tokens // 8)]
+    load += ["--output-tokens", str(args.output_tokens)]
+    return bench(["--url", url, *load, "--image", str(image)])
 
 
 def _tokenizer(url: str) -> str:
