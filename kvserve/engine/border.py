@@ -94,7 +94,8 @@ _SCHEDULING = [
             *("_preempt_request(request)", "get_request_counts()"),
             "_mamba_block_aligned_split(request, num_new_tokens)",
             *("schedule(throttle_prefills)", "waiting", "running"),
-            "max_num_running_reqs",
+            *("max_num_running_reqs", "num_spec_tokens"),
+            "update_from_output(scheduler_output)",
         ),
     ),
     Relied(
@@ -102,7 +103,7 @@ _SCHEDULING = [
         "prompt, longest reply, salt and hashes of a request",
         (
             *("request_id", "num_prompt_tokens", "max_tokens", "sampling_params"),
-            *("num_computed_tokens", "cache_salt", "block_hashes"),
+            *("num_computed_tokens", "num_tokens", "cache_salt", "block_hashes"),
             "update_block_hashes()",
         ),
     ),
@@ -162,7 +163,10 @@ _WORKER = [
     Relied(
         "vllm.v1.core.sched.output.SchedulerOutput",
         "tells of new, resumed and finished requests",
-        ("scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids"),
+        (
+            *("scheduled_new_reqs", "scheduled_cached_reqs", "finished_req_ids"),
+            "scheduled_spec_decode_tokens",
+        ),
     ),
     Relied(
         "vllm.v1.core.sched.output.NewRequestData",
@@ -224,7 +228,7 @@ _WORKER = [
     Relied("vllm.v1.attention.backend.MultipleOf", "of tokens of a page"),
     Relied(
         "vllm.v1.attention.backend.CommonAttentionMetadata",
-        "lengths on the host, exact where nothing is speculated",
+        "lengths on the host, exact where steps are planned one at a time",
         (
             *("num_reqs", "num_actual_tokens", "query_start_loc_cpu"),
             "seq_lens_cpu_upper_bound",

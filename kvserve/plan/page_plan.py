@@ -23,9 +23,11 @@ A request's page list grows block by block: when block ``b`` is opened, each lan
 has a slot ``b`` gets one page, in the order of lanes. Hence the list index of a lane's
 slot never changes while the request lives.
 
-Where requests share pages, and where lanes are thinned, no page is written over: every
-block opens a page in every lane, and pages that no later query sees are given back to
-the pool between steps. See ``kvserve.plan.prefix`` and ``kvserve.plan.history``.
+Where requests share pages, where lanes are thinned, and where tokens are guessed, no
+page is written over: every block opens a page in every lane, and pages that no later
+query sees are given back to the pool between steps. See ``kvserve.plan.prefix`` and
+``kvserve.plan.history``. A guess that is refused has taken nothing, then: what it was
+written to is written again, and what the token before it still sees has stayed.
 
 Under tensor parallelism every rank owns some heads of each layer and a pool of its own,
 but all ranks get the same page list. Each numbers its own lanes and uses the list from
@@ -67,6 +69,8 @@ class PagePlan:
     Of every ``group`` blocks, thinned lanes keep ``keep`` tokens, ``[num_layers]
     [num_kv_heads]``, -1 in lanes that are not; both are empty where none is. Tokens of
     ``spans``, each a first one and the first behind, they keep before others.
+    ``lookahead`` are the tokens that a step may compute before it is known whether the
+    request has them at all: speculative decoding.
     Plans are hashable and travel from the worker to the scheduler inside the KV cache
     spec.
     """
@@ -84,6 +88,7 @@ class PagePlan:
     group: int = 0
     keep: tuple[tuple[int, ...], ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    lookahead: int = 0
 
     @classmethod
     def from_budgets(
@@ -166,6 +171,7 @@ class PagePlan:
                 group=self.group,
                 keep=_columns(self.keep, first, width),
                 spans=self.spans,
+                lookahead=self.lookahead,
             )
             for first in range(0, self.num_kv_heads, width)
         )
@@ -177,7 +183,7 @@ class PagePlan:
     @property
     def recycles(self) -> bool:
         """Whether blocks are written over those that have left, and none given back."""
-        return not self.is_shared and not self.group
+        return not (self.is_shared or self.group or self.lookahead)
 
     @cached_property
     def lanes(self) -> Lanes:

@@ -80,6 +80,42 @@ def check_dense(
         )
 
 
+def check_guesses(
+    policy: Policy,
+    model: ModelShape,
+    ranks: int,
+    mixed: bool,
+    protects: bool,
+    ranges: bool,
+) -> None:
+    """Refuse what tokens that may be refused cannot be served beside.
+
+    Raises:
+        UserError: names both flags and the way out.
+    """
+    flag = "--speculative-config"
+    if policy.capabilities.prefill == "dense":
+        raise UserError(
+            f"{flag}: --policy {policy.name} cannot take back what a refused token has "
+            "evicted; leave one out, or choose a policy that frees as it reads, such "
+            "as retrieval or kvzap"
+        )
+    beside = {
+        f"--tensor-parallel-size={ranks}": ranks > 1,
+        "--allow-request-policies": mixed,
+        "--protect": protects,
+        f"the range of budgets of --policy {policy.name}": ranges,
+    }
+    for other, given in beside.items():
+        if given:
+            raise UserError(f"{flag}: {other} cannot have it yet; leave one out")
+    if model.layer_heads:
+        raise UserError(
+            f"{flag}: layers of {model.name} have heads of unequal number or size, "
+            "which cannot have it yet; leave it out"
+        )
+
+
 def check_ranks(policy: Policy, model: ModelShape, ranks: int) -> None:
     """Refuse heads that cannot be dealt to ranks, or that must know of each other.
 

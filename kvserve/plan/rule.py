@@ -19,7 +19,12 @@ from kvserve.plan.dense import DenseRule
 from kvserve.plan.lanes import IntArray
 from kvserve.plan.mixed import MixedRule
 from kvserve.plan.page_plan import PagePlan
-from kvserve.plan.refusals import check_dense, check_ranks, check_unequal
+from kvserve.plan.refusals import (
+    check_dense,
+    check_guesses,
+    check_ranks,
+    check_unequal,
+)
 from kvserve.plan.streaming import StreamRule
 from policies.base import DensePolicy, ModelShape, Policy, StreamingPolicy
 
@@ -184,6 +189,7 @@ def rule_under(
     step_tokens: int = 0,
     richer: Sequence[Policy] = (),
     protects: bool = False,
+    lookahead: int = 0,
 ) -> Rule:
     """Return what makes the plan of each request under ``policy``.
 
@@ -196,10 +202,13 @@ def rule_under(
         richer: the policy with larger budgets, the largest first, which requests get
             while there is room.
         protects: whether a request may have tokens protected.
+        lookahead: tokens of a step of which it is not known whether a request has them.
 
     Raises:
         UserError: the policy cannot serve the model, or not on so many ranks.
     """
+    if lookahead:
+        check_guesses(policy, model, ranks, mixed, protects, bool(richer))
     if ranks > 1:
         check_ranks(policy, model, ranks)
     if model.layer_heads:
@@ -218,7 +227,7 @@ def rule_under(
     elif isinstance(policy, StreamingPolicy):
         shape = model, page_size, max_tokens, ranks
         steps = in_flight, shared and policy.capabilities.prefix_cacheable
-        rule = StreamRule(policy, *shape, None, *steps)
+        rule = StreamRule(policy, *shape, None, *steps, lookahead=lookahead)
         if richer:
             levels = _levels_above(rule, richer)
     else:

@@ -31,7 +31,8 @@ class StreamRule:
     and not yet computed: until they are, requests that give pages back hold more.
     ``is_shared`` says whether requests share the pages of a common prefix. The first
     ``protected`` tokens stay in all lanes, and tokens of ``spans``, each a first one
-    and the first behind, before others where lanes are thinned.
+    and the first behind, before others where lanes are thinned. Of ``lookahead`` tokens
+    of a step it is not known yet whether the request has them.
     """
 
     policy: StreamingPolicy
@@ -44,6 +45,7 @@ class StreamRule:
     is_shared: bool = False
     protected: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    lookahead: int = 0
     mixed: ClassVar = False
     may_select: ClassVar = False
     weighs: ClassVar = False
@@ -118,18 +120,22 @@ class StreamRule:
         """What else a user should know when the server starts."""
         decides = self.model.open.num_layers > 0
         remark = self.policy.remark(self.model.open) if decides else NOTHING_OPEN
-        return [line for line in (remark, self._imbalance(), self._sharing()) if line]
+        said = remark, self._imbalance(), self._given_back()
+        return [line for line in said if line]
 
-    def _sharing(self) -> str:
-        """Say what it costs that requests share prefixes, if anything."""
-        alone = replace(self, is_shared=False)
+    def _given_back(self) -> str:
+        """Say what it costs that no page is written over, if anything."""
+        alone = replace(self, is_shared=False, lookahead=0)
         tokens = self.max_tokens
         more = self.most_pages(tokens) - alone.most_pages(tokens)
-        if not self.is_shared or more <= 0:
+        if more <= 0:
             return ""
+        why, way_out = "prefixes are shared", " (--no-enable-prefix-caching: none)"
+        if self.lookahead:
+            why, way_out = "tokens are guessed", ""
         return (
-            "prefixes are shared, so pages are given back instead of written over: up "
-            f"to {more} more while prompts are read (--no-enable-prefix-caching: none)"
+            f"{why}, so pages are given back instead of written over: up to {more} "
+            f"more while prompts are read{way_out}"
         )
 
     def _imbalance(self) -> str:
@@ -153,7 +159,7 @@ def _plan(rule: StreamRule, tokens: int | None) -> PagePlan:
         budgets = _protecting(budgets, rule.protected)
     sizes = rule.page_size, length
     plan = plan_of_model(rule.model, budgets, *sizes, rule.ranks, rule.is_shared)
-    plan = replace(plan, spans=rule.spans)
+    plan = replace(plan, spans=rule.spans, lookahead=rule.lookahead)
     return plan if rule.stride is None else _in_turns(plan, rule.stride)
 
 

@@ -152,6 +152,11 @@ class Engine:
         return self._core.model_executor.driver_worker.worker._builder
 
     @property
+    def model_runner(self) -> Any:
+        """vLLM's own, in the worker."""
+        return self._core.model_executor.driver_worker.worker.model_runner
+
+    @property
     def rule(self) -> Any:
         """The plan of every request, under a policy with a dense prefill."""
         (group,) = self.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups

@@ -173,7 +173,9 @@ class PageTables:
             zip((seq_lens // size).tolist(), (computed // size).tolist(), strict=True)
         ):
             plan = self.plan_of(self._requests[row]).reading
-            done, due = int(self._events[row]), plan.history.events(tokens)
+            due, settled = plan.history.events(tokens), plan.history.events(before)
+            # What refused tokens brought is brought anew: it may have held some.
+            done = self._events[row] = min(int(self._events[row]), settled)
             if due <= done:
                 continue
             self._events[row] = due
@@ -181,7 +183,7 @@ class PageTables:
                 self.by_slot[:, row],
                 page_lists[row],
                 range(done + 1, due + 1),
-                plan.history.events(before),
+                settled,
             )
             if left is not None:
                 named = self._named.get(self._requests[row])

@@ -42,10 +42,10 @@ def check_integrity(
        is as long as it counts; so is that of passed pages, which knows them by id too.
     3. A page's references are the lists that name it; a scratch page has one.
     4. No list names a page twice, and no two lists the same unless pages are shared.
-    5. A list has ``plan.entries(n)`` entries, where ``n`` are the request's tokens in
-       the ledger. Null is whatever the plan could give back before the last step, and
-       nothing that a query after the computed tokens sees. ``pages_held`` counts the
-       entries that are not null.
+    5. A list has ``plan.entries(n)`` entries, where ``n`` are the tokens for which the
+       request has been given pages, refused ones included. Null is whatever the plan
+       could give back before the last step, and nothing that a query after the computed
+       tokens sees. ``pages_held`` counts the entries that are not null.
     6. The ledger has tokens of exactly those requests that have a list, no fewer than
        are computed, and the scheduler knows them all.
     7. A record of the prefix index has its hash as key and an entry for every place; a
@@ -137,7 +137,7 @@ class _Books:
                 yield from self._against_plan(name, ids)
 
     def _against_plan(self, name: str, ids: IntArray) -> Iterator[str]:
-        plan, tokens = self.manager.plan_of(name), self.manager.ledger.tokens[name]
+        plan, tokens = self.manager.plan_of(name), self.manager.listed(name)
         entries = plan.entries(tokens)
         if len(ids) != entries:
             yield (

@@ -24,7 +24,8 @@ class HeadPagedManager(SingleTypeKVCacheManager):
     """Gives a request exactly the pages of its plan.
 
     Invariant: the page list of a request has ``plan.entries(m)`` entries, ``m`` the
-    most tokens seen so far, and those are null that the plan has given back.
+    most tokens seen so far, refused ones included, and those are null that the plan has
+    given back.
 
     Where requests have plans of their own, the scheduler tells lengths by
     :meth:`expect`.
@@ -45,6 +46,8 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         self._plans: dict[str, RequestPlan] = {}
         self._named: dict[str, Rule] = {}
         self._held: dict[str, int] = {}
+        # Tokens that each page list was made for: refused ones leave it as it is.
+        self._listed: dict[str, int] = {}
         # Tokens that were computed when pages were last given back.
         self._computed: dict[str, int] = {}
         self.ledger = Ledger(self.rule.full, self.rule.copies)
@@ -96,6 +99,18 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         """Count the pages of a request."""
         return self._held.get(request_id, 0)
 
+    def listed(self, request_id: str) -> int:
+        """Count the tokens for which a request has been given pages."""
+        return self._listed.get(request_id, 0)
+
+    def accept(self, request_id: str, num_tokens: int) -> None:
+        """Note how many tokens a request really has, some guesses being refused.
+
+        Pages stay where they are: the next tokens go there.
+        """
+        if request_id in self.ledger.tokens:
+            self.ledger.tokens[request_id] = num_tokens
+
     def _entries(self, request_id: str, num_tokens: int) -> int:
         """Length of the page list of a request with ``num_tokens`` tokens."""
         return self.plan_of(request_id).entries(num_tokens)
@@ -144,6 +159,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         self.ledger.tokens[request_id] = num_tokens
+        self._listed[request_id] = max(num_tokens, self.listed(request_id))
         held = self.req_to_blocks[request_id]
         missing = self._entries(request_id, num_tokens) - len(held)
         if missing <= 0:
@@ -189,6 +205,7 @@ class HeadPagedManager(SingleTypeKVCacheManager):
             spans = spans_in_words(rule)
             self.ledger.close(request_id, plan, pages, rule.policy, spans)
         self._held.pop(request_id, None)
+        self._listed.pop(request_id, None)
         self._computed.pop(request_id, None)
         listed = super().pop_blocks_for_free(request_id)
         return [page for page in listed if not page.is_null]

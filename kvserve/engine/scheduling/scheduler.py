@@ -62,6 +62,25 @@ class HeadPagedScheduler(Scheduler):
         plan = self._pages.plan_of(request.request_id)
         return plan.chunk(request.num_computed_tokens, num_new_tokens)
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
+        for name in scheduler_output.scheduled_spec_decode_tokens:
+            request = self.requests.get(name)
+            if request is not None:
+                self._accept(request)
+        return outputs
+
+    def _accept(self, request: Request) -> None:
+        """Tell how many tokens a request really has: guesses do not count.
+
+        A reply may end before the last of those that were right.
+        """
+        if self.num_spec_tokens:
+            read = min(request.num_computed_tokens, request.num_tokens - 1)
+            self._pages.accept(request.request_id, read)
+
     def add_request(self, request: Request) -> None:
         self._expect(request)
         super().add_request(request)
@@ -94,9 +113,11 @@ class HeadPagedScheduler(Scheduler):
         # step that was to fill its blocks. They have their names since then.
         if self._shared is not None:
             self._shared.uncache(request, request.num_computed_tokens)
+        self._accept(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_blocks(self, request: Request) -> None:
+        self._accept(request)
         super()._free_blocks(request)
         self._pages.forget(request.request_id)
         self._salts.pop(request.request_id, None)

@@ -30,6 +30,7 @@ from kvserve.cores import Cores, share_threads
 from kvserve.engine.devices import cpu_operators, hardware
 from kvserve.engine.devices.cpu import PAGE_SIZE
 from kvserve.engine.settings import CONFIG_KEY, PolicySettings
+from kvserve.engine.start.speculation import check_guessing
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8
 from policies.base import Capabilities
@@ -51,7 +52,6 @@ _ANY_POLICY = (
 )
 
 _REFUSED: dict[str, str] = {
-    "speculative_config": "speculative decoding would score rejected tokens",
     "kv_transfer_config": "KV connectors move whole-layer blocks, not head pages",
     "kv_offloading_size": "KV offloading moves whole-layer blocks, not head pages",
     "kv_events_config": "KV events describe whole-layer blocks, not head pages",
@@ -91,6 +91,7 @@ def engine_options(
                 f"not layers or tokens; use --tensor-parallel-size, {_STOCK}"
             )
     _check_cache_type(options)
+    check_guessing(options)
     block_size = _block_size(settings, options)
     additional = dict(options.get("additional_config") or {})
     if CONFIG_KEY in additional:

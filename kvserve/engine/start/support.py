@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from kvserve.engine.devices import hardware
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.start.layers import model_shape_of
+from kvserve.engine.start.speculation import check_method
 from kvserve.errors import UserError
 from kvserve.kernels.page_formats import FORMATS, FP8, INT8, PageFormat
 from kvserve.plan.mixed import MixedRule
@@ -30,6 +31,7 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     shared = vllm_config.cache_config.enable_prefix_caching
     scheduler = vllm_config.scheduler_config
+    check_method(vllm_config)
     return rule_under(
         policy,
         model,
@@ -42,6 +44,7 @@ def rule_of(vllm_config: VllmConfig) -> Rule:
         step_tokens=scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
         richer=richer,
         protects=bool(settings.protect),
+        lookahead=vllm_config.num_speculative_tokens,
     )
 
 
@@ -120,7 +123,7 @@ def scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
 def full_scratch_of(vllm_config: VllmConfig, rule: Rule) -> int:
     """Pages that prefill would need if requests kept a full cache."""
     scheduler = vllm_config.scheduler_config
-    if rule.is_shared:
+    if rule.is_shared or rule.largest.lookahead:
         return 0
     return scratch_pages(
         rule.full, scheduler.max_num_batched_tokens, scheduler.max_num_seqs

@@ -272,8 +272,8 @@ def lengths_of(
 ) -> tuple[IntArray, IntArray]:
     """First token of each request, ``[requests + 1]``, and its tokens when it is done.
 
-    vLLM calls the host's lengths an upper bound; they are exact where nothing is
-    speculated.
+    vLLM calls the host's lengths an upper bound; they are exact where steps are
+    planned one at a time, guessed tokens included.
     """
     seq_lens = common.seq_lens_cpu_upper_bound
     assert seq_lens is not None, "the model runner fills it in"
