@@ -131,9 +131,16 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (
             [
                 "--speculative-config",
+                '{"method": "eagle", "model": "x", "num_speculative_tokens": 2}',
+            ],
+            "--speculative-config: under a policy guesses come from ngram",
+        ),
+        (
+            [
+                *("--policy", "h2o", "--speculative-config"),
                 '{"method": "ngram", "num_speculative_tokens": 2}',
             ],
-            "--speculative-config",
+            "--speculative-config: --policy h2o cannot take back",
         ),
         (["--max-model-len", "100000"], "max_model_len"),
         (

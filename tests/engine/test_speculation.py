@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -171,3 +173,112 @@ def test_guessed_tokens_change_no_reply(
             again = engine.generate(prompts, REPLY)
             assert_identical(again, expected)
             assert sum(reply.cached for reply in again) > 0
+
+
+def test_n_grams_of_the_text_are_accepted_and_refused(
+    engines: EngineSlot, models: dict[str, Model]
+) -> None:
+    """As vLLM finds them, beside a request that asks for alternatives."""
+    model = models["tiny-gqa"]
+    prompts, expected = expected_of(engines, model, "retrieval")
+    engine = start(engines, model, "retrieval", GUESSES, enable_prefix_caching=True)
+    oracle = Oracle([])
+    oracle.watch(engine)
+    assert_identical(engine.generate(prompts, REPLY), expected)
+    assert oracle.accepted > 20
+    assert oracle.refused > 20
+    check_empty(engine)
+
+
+@pytest.mark.skipif(
+    find_spec("arctic_inference") is None, reason="arctic-inference is not installed"
+)
+def test_suffixes_are_guessed_from(
+    engines: EngineSlot, models: dict[str, Model]
+) -> None:
+    model = models["tiny-gqa"]
+    prompts, expected = expected_of(engines, model, "retrieval")
+    suffix = {"method": "suffix", "num_speculative_tokens": GUESSES}
+    engine = start(engines, model, "retrieval", 0, speculative_config=suffix)
+    oracle = Oracle([])
+    oracle.watch(engine)
+    for _ in range(2):
+        assert_identical(engine.generate(prompts, REPLY), expected)
+    assert oracle.accepted > 20
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("policy", ["sink-recent", "keydiff"])
+def test_books_agree_after_every_step_of_preempted_and_aborted_requests(
+    engines: EngineSlot, models: dict[str, Model], policy: str, shared: bool
+) -> None:
+    model = models["tiny-gqa"]
+    prompts, expected = expected_of(engines, model, policy)
+    engine = start(
+        engines,
+        model,
+        policy,
+        GUESSES,
+        enable_prefix_caching=shared,
+        max_num_batched_tokens=48,
+        kv_cache_memory_bytes=2 * MIB,
+    )
+    texts = texts_of(prompts, expected)
+    oracle = Oracle(texts)
+    oracle.guess_for(engine)
+    names = [engine.add(prompt, REPLY) for prompt in prompts]
+    doomed = [engine.add(prompt, REPLY) for prompt in prompts[::2]]
+    for step in itertools.count():
+        if not engine.is_busy:
+            break
+        engine.step()
+        if step % 7 == 3 and doomed:
+            engine.abort(doomed.pop())
+        if step == 60:
+            engine.preempt_all()
+        engine.check_books()
+        check_tokens(engine)
+    replies = [engine.replies.pop(name) for name in names]
+    assert [r.tokens for r in replies] == [r.tokens for r in expected]
+    assert sum(reply.preemptions for reply in replies) > len(replies)
+    assert oracle.accepted > 200
+    assert oracle.refused > 200
+    check_empty(engine)
+    receipts = {one.request_id: one for one in engine.manager.ledger.receipts(())}
+    seen = {text.tokens_seen for text in map(receipts.__getitem__, names)}
+    assert seen == {len(text) - 1 for text in texts}
+
+
+def check_tokens(engine: Engine) -> None:
+    """Check that what a step has refused is in nobody's books."""
+    for name, tokens in engine.manager.ledger.tokens.items():
+        assert tokens == engine.scheduler.requests[name].num_computed_tokens
+
+
+def test_a_reply_ends_at_its_length_and_at_its_stop_token_among_right_guesses(
+    engines: EngineSlot, models: dict[str, Model]
+) -> None:
+    model = models["tiny-gqa"]
+    prompts, expected = expected_of(engines, model, "retrieval")
+    engine = start(engines, model, "retrieval", GUESSES, enable_prefix_caching=True)
+    Oracle(texts_of(prompts, expected)).guess_for(engine)
+    for prompt, whole in zip(prompts, expected, strict=True):
+        for length in (1, 2, 9):
+            (reply,) = engine.generate([prompt], length)
+            assert reply.tokens == whole.tokens[:length]
+        stop = whole.tokens[23]
+        (reply,) = engine.generate([prompt], REPLY, stop_token_ids=[stop])
+        assert reply.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8_per_token_head"])
+def test_pages_of_fewer_bits_are_written_anew(
+    engines: EngineSlot, models: dict[str, Model], kv_cache_dtype: str
+) -> None:
+    model, pages = models["tiny-gqa"], {"kv_cache_dtype": kv_cache_dtype}
+    prompts, expected = expected_of(engines, model, "retrieval", **pages)
+    engine = start(engines, model, "retrieval", GUESSES, **pages)
+    Oracle(texts_of(prompts, expected)).guess_for(engine)
+    assert_identical(engine.generate(prompts, REPLY), expected)

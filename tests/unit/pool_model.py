@@ -27,13 +27,17 @@ from tests.unit.simulator import Batch, Request
 
 
 class Label(NamedTuple):
-    """A cached key; ``life`` tells a resumed request from its preempted self."""
+    """A cached key; ``life`` tells a resumed request from its preempted self.
+
+    ``refused`` tells guesses at its position from the token that came.
+    """
 
     request: str
     life: int
     layer: int
     head: int
     position: int
+    refused: int
 
 
 class PoolModel:
@@ -48,7 +52,8 @@ class PoolModel:
 
     def _label(self, request: Request, layer: int, head: int, position: int) -> Label:
         """What the request caches of a token."""
-        return Label(request.name, request.life, layer, head, position)
+        refused = request.refused[position]
+        return Label(request.name, request.life, layer, head, position, refused)
 
     def run(
         self, batch: Batch, step: StepRows, leaving: Iterable[Leaving] = ()

@@ -2,12 +2,14 @@
 """A tiny scheduler over a fake page pool, for tests of what the worker derives.
 
 It does what vLLM 0.32 does as far as page tables can tell: it cuts prompts into
-chunks, skips, finishes, preempts and resumes requests, and orders the batch as
+chunks, skips, finishes, preempts and resumes requests, guesses tokens and takes back
+those that are refused, and orders the batch as
 ``reorder_batch_to_split_decodes_and_prefills`` does.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -206,7 +208,8 @@ def seeds() -> st.SearchStrategy[Random]:
 class Request:
     """A request: ``known`` tokens exist, ``computed`` of them are in the cache.
 
-    ``life`` counts its preemptions: what an earlier life cached is void.
+    ``life`` counts its preemptions: what an earlier life cached is void. ``refused``
+    counts the guesses at a position that were not its token.
     """
 
     name: str
@@ -217,6 +220,7 @@ class Request:
     computed: int = 0
     life: int = 0
     pages: list[int] = field(default_factory=list)
+    refused: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -270,7 +274,10 @@ def page_lists_of(
 
 
 class Scheduler:
-    """Draws one batch after the other; ``finish`` ends the step of the last one."""
+    """Draws one batch after the other; ``finish`` ends the step of the last one.
+
+    Where plans look ahead, it guesses as many tokens.
+    """
 
     def __init__(
         self,
@@ -316,8 +323,14 @@ class Scheduler:
     def finish(self, batch: Batch) -> None:
         """Count the step's tokens, sample a token where due, drop who is done."""
         for request, length in zip(batch.requests, batch.lengths, strict=True):
+            before = request.computed
             request.computed += length
-            self._give_back(request, request.computed - length)
+            guesses = max(request.computed - request.known, 0)
+            request.known += self.rng.randint(0, guesses)
+            refused = range(request.known, request.computed)
+            request.refused.update(refused)
+            request.computed -= len(refused)
+            self._give_back(request, before)
             if request.computed < request.known:
                 continue
             request.known += 1
@@ -351,11 +364,19 @@ class Scheduler:
             if budget == 0 or skipped or request not in self.running:
                 continue
             length = self._chunk(min(budget, request.known - request.computed))
+            length += self._guess(request, length, budget)
             if self._allocate(request, length, lengths):
                 lengths[request.name] = length
                 budget -= length
         self._requeue_unstarted(lengths)
         return lengths
+
+    def _guess(self, request: Request, length: int, budget: int) -> int:
+        """Draw how many tokens to guess behind those that are known."""
+        most = min(request.plan.lookahead, self.max_tokens - request.known)
+        if not request.computed or request.computed + length < request.known:
+            return 0
+        return self.rng.randint(0, max(min(most, budget - length), 0))
 
     def _chunk(self, most: int) -> int:
         kind = self.rng.random()

@@ -85,8 +85,9 @@ class HistoryPages:
             return None
         parts = zip(*moved, strict=True)
         lane, page, event, ids = (np.concatenate(part) for part in parts)
-        if not self._plan.is_shared:
-            # Nobody will start with pages that a later event of this step fills.
+        if not (self._plan.is_shared or self._plan.lookahead):
+            # Nobody will start with pages that a later event of this step fills, or
+            # go back to them.
             last = event == now.stop - 1
             whole = (page + 1) * self._plan.page_size <= event * self._keep.flat[lane]
             lane, page, event, ids = (x[last | whole] for x in (lane, page, event, ids))

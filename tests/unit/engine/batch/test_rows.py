@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_every_query_of_any_schedule_reads_what_the_rule_says(
 @given(thinned_plans(), seeds())
 def test_what_is_left_of_a_group_is_read_packed(plan: PagePlan, rng: Random) -> None:
     check_schedule(plan, rng)
+
+
+@settings(max_examples=100)
+@given(plans() | thinned_plans(), st.integers(1, 9), st.booleans(), seeds())
+def test_a_refused_token_is_never_read_and_has_taken_nothing(
+    plan: PagePlan, lookahead: int, is_shared: bool, rng: Random
+) -> None:
+    """Not by a later query either, of which some see it packed."""
+    check_schedule(replace(plan, lookahead=lookahead, is_shared=is_shared), rng)
 
 
 @settings(max_examples=50)

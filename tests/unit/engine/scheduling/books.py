@@ -41,6 +41,8 @@ RULES: dict[str, Rule] = {
     "dense": DenseRule(SELECTING, *SHAPE),
     "mixed": MixedRule(RING, CHUNK),
     "mixed and shared": MixedRule(SHARED, CHUNK),
+    "guessing": replace(RING, in_flight=CHUNK, lookahead=5),
+    "guessing and shared": replace(SHARED, lookahead=PAGE + 9),
 }
 NAMED: dict[str, tuple[Policy | None, ...]] = {
     "mixed": (None, Full(), SELECTING),
@@ -107,19 +109,29 @@ class Books:
         self.requests[name] = request
         return request
 
-    def step(self, request: Request, most: int = CHUNK) -> bool:
+    def step(
+        self, request: Request, most: int = CHUNK, guesses: int = 0, right: int = 0
+    ) -> bool:
         """Compute the next tokens of a request; tell whether there were pages.
 
         A chunk ends with the prompt, as dense prefills need it.
+
+        Args:
+            guesses: tokens that are guessed beside, of which the first ``right`` are.
         """
         start, cached, found = request.num_computed_tokens, 0, None
         if start == 0:
             found, cached, _ = self.cache.get_computed_blocks(request)
             start = cached
         length = min(max(request.num_prompt_tokens - start, 1), most)
-        if self.cache.allocate_slots(request, length, cached, found) is None:
+        new = length + guesses
+        if self.cache.allocate_slots(request, new, cached, found) is None:
             return False
-        request.num_computed_tokens = start + length
+        request.num_computed_tokens = start + length + right
+        for _ in range(right):
+            request.append_output_token_ids(1)
+        if guesses:
+            self.manager.accept(request.request_id, request.num_computed_tokens)
         if request.num_computed_tokens == request.num_tokens:
             request.append_output_token_ids(1)
         return True
@@ -144,6 +156,16 @@ class Books:
         return check_integrity(self.manager, self.requests)
 
 
+def _guesses(books: Books, request: Request, rng: Random) -> tuple[int, int]:
+    """Draw how many tokens to guess, and how many of them are right."""
+    rule = books.manager.rule
+    most = rule.lookahead if isinstance(rule, StreamRule) else 0
+    if request.num_computed_tokens < request.num_prompt_tokens:
+        return 0, 0
+    guesses = rng.randint(0, min(most, MAX_TOKENS - request.num_tokens - 1))
+    return guesses, rng.randint(0, guesses)
+
+
 def random_load(books: Books, rng: Random, events: int) -> None:
     """Let requests come, grow, lose their pages and end; all is sound in between."""
     for number in range(events):
@@ -158,6 +180,8 @@ def random_load(books: Books, rng: Random, events: int) -> None:
             books.preempt(request)
         elif what < 0.1 or request.num_tokens == MAX_TOKENS:
             books.end(request)
-        elif not books.step(request, rng.randint(1, CHUNK)):
+        elif not books.step(
+            request, rng.randint(1, CHUNK), *_guesses(books, request, rng)
+        ):
             books.preempt(rng.choice(list(books.requests.values())))
         assert books.faults() == []

@@ -30,6 +30,26 @@ def test_any_load_leaves_sound_books(kind: str, rng: Random) -> None:
     assert books.cache.usage == 0
 
 
+@pytest.mark.parametrize("kind", ["guessing", "guessing and shared"])
+def test_refused_tokens_leave_pages_and_no_trace_in_the_books(kind: str) -> None:
+    books = Books(kind)
+    request = books.run("a", 100, 10)
+    tokens, names = request.num_computed_tokens, dict(books.manager.num_cached_block)
+    for _ in range(3):
+        before = books.manager.ledger.tokens["a"]
+        assert books.step(request, 1, guesses=40)
+        assert books.manager.ledger.tokens["a"] == before + 1
+        assert books.faults() == []
+    listed = books.manager.listed("a")
+    assert listed == tokens + 3 + 40
+    assert len(pages(books)) == books.manager.plan_of("a").entries(listed)
+    assert books.manager.num_cached_block == names
+    books.end(request)
+    assert books.cache.usage == 0
+    receipt = books.manager.ledger.receipts(())[0]
+    assert receipt.tokens_seen == tokens + 3
+
+
 @pytest.fixture
 def ring() -> Books:
     """Two requests that share nothing."""
