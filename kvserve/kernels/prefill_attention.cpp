@@ -27,6 +27,9 @@ constexpr int64_t BLOCK = 256;
 // (query, head) pairs of a tile at most: their queries and sums stay in a second-level
 // cache, and every page is fetched once for all of them.
 constexpr int64_t MOST_PAIRS = 128;
+// Tokens between what is multiplied and what is fetched: pages lie anywhere, so no hardware
+// foresees the next. Few pairs, such as those of guessed tokens, would wait for it.
+constexpr int64_t AHEAD = 96;
 
 // Tokens [first, last) of a row's queries.
 struct Tile {
@@ -39,14 +42,32 @@ template <class Page> struct Run {
     int64_t count;
 };
 
-// Multiply ROWS queries [ROWS, width / STEP] with PANEL tokens' keys, `stride` apart.
-template <class Product, class Page>
+// Keys and values of PANEL tokens that are to be multiplied later.
+template <class Page> struct Ahead {
+    const Page *keys, *values;
+};
+
+template <int64_t count, class Page> inline void fetch(const Page *numbers) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Page))
+        __builtin_prefetch(numbers + i);
+}
+
+// Multiply ROWS queries [ROWS, width / STEP] with PANEL tokens' keys, `stride` apart, and
+// fetch what is ahead, unless it has been.
+template <bool fetches, class Product, class Page>
 inline void multiply(
-    const typename Product::Number *queries, const Page *keys, int64_t width,
-    int64_t stride, float *logits) {
-    const int64_t numbers = width / Product::STEP;
+    const typename Product::Number *queries, const Page *keys, const Ahead<Page> &ahead,
+    int64_t width, int64_t stride, float *logits) {
+    constexpr int64_t STEP = Product::STEP;
+    const int64_t numbers = width / STEP;
     Pair sum[ROWS] = {};
     for (int64_t i = 0; i < numbers; ++i) {
+        if constexpr (fetches)
+            for (int64_t d = i * STEP; d < (i + 1) * STEP; ++d) {
+                fetch<PANEL>(ahead.keys + d * stride);
+                fetch<PANEL>(ahead.values + d * PANEL);
+            }
         const auto key = Product::load(keys + i * Product::STEP * stride, stride);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row)
@@ -167,9 +188,14 @@ template <class Page, class Product> class Attention {
         const Number *queries = queries_ + pair * (width / Product::STEP);
         for (int64_t token = 0; token < count; token += PANEL) {
             const int64_t at = first + token;
-            multiply<Product>(
-                queries, pool_.keys(pages[at / size]) + at % size, width, size,
-                logits_ + token);
+            const Page *const keys = pool_.keys(pages[at / size]) + at % size;
+            if (pair == 0) // the first to come by
+                multiply<true, Product>(
+                    queries, keys, ahead(pages, std::min(at + AHEAD, row_of.keys - 1)),
+                    width, size, logits_ + token);
+            else
+                multiply<false, Product, Page>(
+                    queries, keys, {}, width, size, logits_ + token);
         }
         const int64_t padded = (count + PANEL - 1) / PANEL * PANEL;
         if (is_scaled<Page>)
@@ -198,6 +224,13 @@ template <class Page, class Product> class Attention {
         for (int64_t d = 0; d < width; d += PANEL)
             accumulate<Product>(
                 weights, runs, used, width, d, sums_ + pair * width + d);
+    }
+
+    // Keys and values of the panel that has `token`.
+    Ahead<Page> ahead(const int32_t *pages, int64_t token) const {
+        const int64_t size = pool_.page_size, page = pages[token / size];
+        const int64_t offset = token % size / PANEL * PANEL;
+        return {pool_.keys(page) + offset, pool_.values(page) + offset * pool_.width};
     }
 
     // What a form makes of the logits of ROWS pairs.
