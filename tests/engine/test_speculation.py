@@ -7,6 +7,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, Reply, random_prompts
 from tests.engine.test_identity import assert_identical
+from tests.reference.adapters import write_adapter
 
 pytestmark = pytest.mark.engine
 
@@ -283,3 +285,32 @@ def test_pages_of_fewer_bits_are_written_anew(
     found = engine.generate(prompts, REPLY)
     # What lies between two of 255 values goes where the last bit has it.
     assert_identical(found, expected, within=0.01)
+
+
+def test_adapters_guess_beside_each_other(
+    engines: EngineSlot, models: dict[str, Model], tmp_path: Path
+) -> None:
+    model = models["tiny-gqa"]
+    made = [write_adapter(model.path, tmp_path / f"{n}", n) for n in (1, 2)]
+    adapters = [None, *made]
+    prompts = prompts_of(model)[2:4]
+    expected: list[list[int]] = []
+    for guesses in (0, GUESSES):
+        engine = start(
+            engines, model, "retrieval", guesses, enable_lora=True, max_loras=2
+        )
+        if guesses:
+            pairs = zip(prompts * len(adapters), expected, strict=True)
+            oracle = Oracle([prompt + reply for prompt, reply in pairs])
+            oracle.guess_for(engine)
+        names = [
+            engine.add(prompt, REPLY, adapter=adapter)
+            for adapter in adapters
+            for prompt in prompts
+        ]
+        engine.finish()
+        found = [engine.replies.pop(name).tokens for name in names]
+        expected = expected or found
+        assert found == expected
+    assert oracle.accepted > 100
+    check_empty(engine)
