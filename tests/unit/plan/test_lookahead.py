@@ -93,3 +93,9 @@ def test_what_was_not_worked_out_beside_guesses_is_refused() -> None:
     for refused, options in refusals.items():
         with pytest.raises(UserError, match=f"^--speculative-config: {refused} "):
             rule_under(SINKS_AND_RECENT, MODEL, 32, 1024, lookahead=4, **options)
+
+
+def test_heads_of_unequal_number_are_refused() -> None:
+    model = replace(MODEL, layer_heads=((2, 8), (1, 8)))
+    with pytest.raises(UserError, match=r"^--speculative-config: layers of tiny "):
+        rule_under(SINKS_AND_RECENT, model, 32, 1024, lookahead=4)

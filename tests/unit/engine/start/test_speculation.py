@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from importlib import util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kvserve.engine.devices import hardware
 from kvserve.engine.settings import PolicySettings
 from kvserve.engine.start.options import engine_options
+from kvserve.engine.start.speculation import check_method
 from kvserve.errors import UserError
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
@@ -67,3 +69,17 @@ def test_a_gpu_has_not_been_seen_to_guess(monkeypatch: pytest.MonkeyPatch) -> No
 def test_processors_of_logits_are_asked_about_one_token() -> None:
     with pytest.raises(UserError, match=r"^--speculative-config: .*logits-processors"):
         options(NGRAM, logits_processors=["some.Processor"])
+
+
+def test_states_cannot_go_back_to_before_a_refused_token() -> None:
+    config: Any = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="ngram"),
+        model_config=SimpleNamespace(model="a/b", is_hybrid=True),
+    )
+    with pytest.raises(UserError, match=r"^--speculative-config: MODEL a/b keeps"):
+        check_method(config)
+    config.model_config.is_hybrid = False
+    check_method(config)
+    config.speculative_config.method = "eagle"
+    with pytest.raises(UserError, match="from method eagle"):
+        check_method(config)
