@@ -37,7 +37,7 @@ class Label(NamedTuple):
     layer: int
     head: int
     position: int
-    refused: int
+    refused: int = 0
 
 
 class PoolModel:
