@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvserve.engine.settings import PolicySettings
+from kvserve.engine.start.options import engine_options
+from kvserve.engine.start.preflight import check_start
 from tests.engine.conftest import Model
 from tests.engine.harness import MIB, PAGE, Engine, EngineSlot, Reply, random_prompts
 from tests.engine.pool_audit import PoolAudit
@@ -321,3 +324,28 @@ def test_a_report_counts_a_shared_page_once(
     usage = engine.scheduler.kv_cache_manager.usage
     assert usage == pytest.approx(len(distinct) / engine.pages_for_requests)
     engine.finish()
+
+
+@pytest.mark.parametrize(("kib", "shares"), [(1500, False), (4000, True)])
+def test_a_pool_without_room_for_a_step_is_served_without_sharing(
+    models: dict[str, Model],
+    kib: int,
+    shares: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = engine_options(
+        PolicySettings("sink-recent", {"recent": 96}),
+        {
+            "model": str(models["tiny-gqa"].path),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 512,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": kib << 10,
+        },
+    )
+    config = check_start(options)
+    assert options["enable_prefix_caching"] is shares
+    assert config.cache_config.enable_prefix_caching is shares
+    assert ("no room" in capfd.readouterr().err) is not shares

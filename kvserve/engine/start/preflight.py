@@ -57,7 +57,7 @@ def check_start(options: dict[str, Any]) -> VllmConfig:
     """
     config = _config_of(options)
     if options.get("enable_prefix_caching") is None:
-        why = cannot_share(config)
+        why = cannot_share(config) or _no_room_to_share(config)
         if why:
             print(f"kvserve: prefix caching is off: {why}", file=sys.stderr)
         options["enable_prefix_caching"] = not why
@@ -71,6 +71,19 @@ def check_start(options: dict[str, Any]) -> VllmConfig:
     # For the processes that the engine is yet to start in.
     options["additional_config"][CONFIG_KEY][FILES] = digests()
     return config
+
+
+def _no_room_to_share(config: VllmConfig) -> str:
+    """Say why a pool that holds the longest request cannot share prefixes, if so."""
+    check_model(config)
+    rule = rule_of(config)
+    try:
+        check_pool(config, rule)
+    except UserError:
+        return (
+            "the pool has no room for the tokens of a step besides the longest request"
+        )
+    return ""
 
 
 def _config_of(options: Mapping[str, Any]) -> VllmConfig:
