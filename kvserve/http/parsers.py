@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import State
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from kvserve.http.notices import notice
@@ -91,23 +93,33 @@ def _first(formats: tuple[Format, ...], model_type: str, template: str) -> str |
 
 
 def _facts(args: argparse.Namespace) -> tuple[str, str]:
-    """The type of a model and its chat template; empty where they cannot be read."""
-    config = get_hf_file_bytes("config.json", args.model, args.revision)
-    if config is None:
+    """The type of a model and its chat template; empty where they cannot be read.
+
+    What is wrong with a file is said by vLLM, which reads it next.
+    """
+    try:
+        config = _object("config.json", args.model, args.revision)
+        return str(config.get("model_type", "")), _template(args)
+    except (ValueError, VLLMValidationError):
         return "", ""
-    model_type = json.loads(config).get("model_type", "")
-    return model_type, args.chat_template or _template(args)
 
 
 def _template(args: argparse.Namespace) -> str:
+    if args.chat_template:
+        return load_chat_template(args.chat_template) or ""
     where = args.tokenizer or args.model, args.tokenizer_revision or args.revision
     own = get_hf_file_bytes("chat_template.jinja", *where)
     if own is not None:
         return own.decode()
-    tokenizer = get_hf_file_bytes("tokenizer_config.json", *where)
-    template = json.loads(tokenizer or "{}").get("chat_template") or ""
+    template = _object("tokenizer_config.json", *where).get("chat_template") or ""
     # Some models have several, by name.
     return template if isinstance(template, str) else json.dumps(template)
+
+
+def _object(name: str, model: str, revision: str | None) -> dict[str, Any]:
+    """Read an object of a model's; an empty one if the file is none or holds none."""
+    found = json.loads(get_hf_file_bytes(name, model, revision) or "{}")
+    return found if isinstance(found, dict) else {}
 
 
 def tell_of_unseen_tools(state: State) -> None:

@@ -81,6 +81,25 @@ def test_what_flags_say_stays(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_read_gets_none(tmp_path: Path) -> None:
     assert chosen(tmp_path) == (None, False, "")
+    assert chosen(tmp_path / "missing") == (None, False, "")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{bad", b"[]", b"null", b"\xff\xfe", b""])
+def test_a_file_that_is_broken_is_left_to_vllm_to_tell_of(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (write(tmp_path, "qwen3", _THINKS) / name).write_bytes(content)
+    assert chosen(tmp_path) == (None, False, "")
+
+
+def test_a_template_of_the_users_counts_instead_of_the_models(tmp_path: Path) -> None:
+    model = write(tmp_path, "qwen3", "no such thing")
+    template = tmp_path / "own.jinja"
+    template.write_text(_HERMES)
+    assert chosen(model, chat_template=str(template)) == ("hermes", True, "")
+    missing = str(tmp_path / "missing.jinja")
+    assert chosen(model, chat_template=missing) == (None, False, "")
 
 
 def test_the_embedded_model_may_be_forced_to_call(tmp_path: Path) -> None:
