@@ -103,14 +103,11 @@ def _pages_full(manager: HeadPagedManager, requests: dict[str, Any]) -> int:
     if not manager.rule.is_shared:
         return pages
     size, longest = manager.block_size, manager.rule.max_tokens
-    blocks = [
-        block
-        for name, tokens in held.items()
-        for block in requests[name].block_hashes[: tokens // size]
-    ]
+    named = [requests[name].block_hashes[: held[name] // size] for name in held]
+    again = sum(map(len, named)) - len(set().union(*named))
     # The model's own windows hold pages of their own for each request.
     a_block = full.pages(longest) - full.pages(max(longest - size, 0))
-    return pages - (len(blocks) - len(set(blocks))) * a_block
+    return pages - again * a_block
 
 
 def _ended(manager: HeadPagedManager) -> dict[str, dict[str, int]] | None:

@@ -55,12 +55,11 @@ def check_start(options: dict[str, Any]) -> VllmConfig:
     Raises:
         UserError: one line on what is wrong and what to do.
     """
-    config = _config_of(options)
+    config, alone = _config_of(options), ""
     if options.get("enable_prefix_caching") is None:
-        why = cannot_share(config) or _no_room_to_share(config)
-        if why:
-            print(f"kvserve: prefix caching is off: {why}", file=sys.stderr)
-        options["enable_prefix_caching"] = not why
+        alone = cannot_share(config) or _no_room_to_share(config)
+        options["enable_prefix_caching"] = not alone
+    if alone:
         config = _config_of(options)
     check_model(config)
     page_format_of(config)
@@ -68,6 +67,8 @@ def check_start(options: dict[str, Any]) -> VllmConfig:
     check_batch(config, rule)
     check_pool(config, rule)
     _check_compiler(config.compilation_config.mode)
+    if alone:
+        print(f"kvserve: prefix caching is off: {alone}", file=sys.stderr)
     # For the processes that the engine is yet to start in.
     options["additional_config"][CONFIG_KEY][FILES] = digests()
     return config
