@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.conftest import Model
 from tests.engine.harness import Engine, EngineSlot, Reply, random_prompts
+from tests.engine.test_identity import assert_identical
 from tests.reference.adapters import merge_adapter, write_adapter
 
 pytestmark = pytest.mark.engine
@@ -36,15 +37,6 @@ def adapters(
         for n, one in enumerate(found, 1)
     ]
     return found, merged
-
-
-def same(found: Reply, expected: Reply) -> bool:
-    """Whether two replies are equal but for a near tie and what follows from it."""
-    for at, (one, other) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
-        if one != other:
-            best = expected.best[at]
-            return abs(best[other] - best.get(one, -99.0)) < 1e-3
-    return True
 
 
 def ask(engine: Engine, prompt: list[int], adapter: Path | None) -> Reply:
@@ -81,7 +73,8 @@ def test_an_adapter_replies_as_the_model_that_it_is_merged_into(
         for adapter in expected
     }
     engine.finish()
-    assert all(same(engine.replies.pop(name), reply) for name, reply in names.items())
+    found = [engine.replies.pop(name) for name in names]
+    assert_identical(found, [*names.values()])
     assert engine.pages_held == {}
 
 
@@ -107,4 +100,4 @@ def test_adapters_share_prefixes_with_nobody_else(
     again = [ask(engine, prompt, adapter) for adapter in (None, *own)]
     assert [one.cached for one in first] == [0, 0, 0]
     assert [one.cached for one in again] == [288, 288, 288]
-    assert all(same(one, other) for one, other in zip(again, first, strict=True))
+    assert_identical(again, first)
