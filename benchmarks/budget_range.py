@@ -65,6 +65,7 @@ class Server:
             max_num_seqs=args.requests,
             max_num_batched_tokens=1024,
             kv_cache_memory_bytes=self._memory,
+            enable_prefix_caching=False,
             enforce_eager=True,
         )
         self._engine: Any = llm.llm_engine

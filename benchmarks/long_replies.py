@@ -53,6 +53,7 @@ def measure(policy: str) -> list[float]:
         max_model_len=1024,
         max_num_seqs=10,
         kv_cache_memory_bytes=512 << 20,
+        enable_prefix_caching=False,
         enforce_eager=True,
     )
     chats = [[{"role": "user", "content": text}] for text in _QUESTIONS for _ in _SEEDS]
