@@ -8,16 +8,12 @@ part of what the next turn sends.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvserve.bench.workloads import FOLLOW_UPS, prose
+from kvserve.bench.workloads import FOLLOW_UPS, Lines, prose, reply_tokens
 from kvserve.errors import UserError
-from kvserve.texts.user_files import read_objects
 
 _FORM = (
     'expected {"system": "...", "start": 0, "turns": [{"user": "...", "output_tokens": '
@@ -94,8 +90,8 @@ class AgentLoad:
         return Agent(system, tuple(turns))
 
 
-def read_agents(path: Path, output_tokens: int | None = None) -> list[Agent] | None:
-    """Read a trace, a JSON line an agent; ``None`` if the first line is no agent.
+def agents_in(lines: Lines, output_tokens: int | None = None) -> list[Agent] | None:
+    """Agents of a trace, a line each; ``None`` if the first line is no agent.
 
     Args:
         output_tokens: length of every reply, instead of what the file says.
@@ -103,19 +99,9 @@ def read_agents(path: Path, output_tokens: int | None = None) -> list[Agent] | N
     Raises:
         UserError: names the file, the line and what is wrong with it.
     """
-    found = list(read_objects(path, "--workload", _FORM))
-    if "turns" not in found[0][1]:
+    if "turns" not in lines[0][1]:
         return None
-    return [_agent(record, output_tokens, where) for where, record in found]
-
-
-def write_agents(path: Path, agents: Sequence[Agent]) -> None:
-    """Write a trace for :func:`read_agents`."""
-    lines = (json.dumps(agent.to_json()) + "\n" for agent in agents)
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--write-workload {path}: {error.strerror}") from None
+    return [_agent(record, output_tokens, where) for where, record in lines]
 
 
 def _agent(record: dict[str, Any], output_tokens: int | None, where: str) -> Agent:
@@ -132,12 +118,7 @@ def _agent(record: dict[str, Any], output_tokens: int | None, where: str) -> Age
 def _turn(record: Any, output_tokens: int | None, where: str) -> Turn:
     if not isinstance(record, dict) or not isinstance(record.get("user"), str):
         raise UserError(f"{where}: each turn needs a text as user; {_FORM}")
-    tokens = output_tokens or record.get("output_tokens")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise UserError(
-            f"{where}: output_tokens must be a whole number of at least 1; or give "
-            "--output-tokens"
-        )
+    tokens = reply_tokens(record, output_tokens, where)
     return Turn(record["user"], tokens, _seconds(record, "think", where))
 
 

@@ -4,31 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvserve.bench.conversations import Said
-from kvserve.bench.result import draw_timelines, first_error, save_figure
-from kvserve.bench.scrape import Sample
+from kvserve.bench.result import Run, draw_timelines, first_error, save_figure
 
 
 @dataclass(frozen=True)
-class AgentsResult:
+class AgentsResult(Run):
     """One policy under the turns of all agents.
 
     Attributes:
-        seconds: until the last reply, thinking included.
-        said: every turn that was sent, in the order in which replies ended.
-        timeline: the server's own gauges during the run.
+        said: every turn that was sent, in the order in which replies ended. The seconds
+            of the run have the thinking between them.
     """
 
-    policy: str
-    seconds: float
     said: list[Said]
-    timeline: list[Sample]
 
     @property
     def whole(self) -> list[Said]:
@@ -63,27 +58,11 @@ class AgentsResult:
         asked = last.prefix_queries - first.prefix_queries
         return (last.prefix_hits - first.prefix_hits) / asked if asked else 0.0
 
-    @property
-    def most_running(self) -> int:
-        return int(max(sample.running for sample in self.timeline))
-
-    @property
-    def peak_usage(self) -> float:
-        return max(sample.usage for sample in self.timeline)
-
-    @property
-    def preemptions(self) -> int:
-        return int(self.timeline[-1].preemptions - self.timeline[0].preemptions)
-
     def to_json(self) -> dict[str, Any]:
-        """Everything, the derived figures of the table included."""
-        return asdict(self) | {
+        return super().to_json() | {
             "turns_per_minute": self.turns_per_minute,
             "ttft_p50_by_turn": [self.ttft(50, turn) for turn in range(self.turns)],
             "prefix_hit_rate": self.hit_rate,
-            "most_running": self.most_running,
-            "peak_kv_usage": self.peak_usage,
-            "preemptions": self.preemptions,
         }
 
 

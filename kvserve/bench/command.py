@@ -18,6 +18,7 @@ from kvserve.bench.loads import Load, add_load_arguments, load_of
 from kvserve.bench.result import write_json
 from kvserve.bench.scrape import Sampler, get
 from kvserve.bench.server import running_server
+from kvserve.bench.workloads import write_workload
 from kvserve.cores import Cores
 from kvserve.errors import UserError
 from kvserve.models import add_model
@@ -96,15 +97,15 @@ def bench(argv: list[str]) -> int:
     _check(args, server_flags)
     load = load_of(args)
     if args.write_workload:
-        load.write(args.write_workload)
+        write_workload(args.write_workload, load.entries)
         return 0
     results = list(_results(args, server_flags, load))
     title = _title(args, load, results)
-    print(f"\n### {title}\n\n{load.table(results)}")
+    print(f"\n### {title}\n\n{load.shown.table(results)}")
     if args.json:
         write_json(args.json, _about(args, server_flags), results)
     if args.image:
-        load.draw(args.image, title, results)
+        load.shown.draw(args.image, title, results)
     for result in results:
         if result.failed:
             print(

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from kvserve.bench import agents_result
 from kvserve.bench import result as request_result
-from kvserve.bench.agents import Agent, AgentLoad, read_agents, write_agents
+from kvserve.bench.agents import Agent, AgentLoad, agents_in
 from kvserve.bench.scrape import Sample
 from kvserve.bench.workloads import (
     WORKLOADS,
+    Entry,
     Request,
     draw_workload,
-    read_workload,
-    write_workload,
+    read_lines,
+    requests_in,
 )
 from kvserve.errors import UserError
 
@@ -30,6 +32,14 @@ _ALL_AT_ONCE = float("inf")
 
 class Load(Protocol):
     """What is sent to every server alike, and what comes of it."""
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """What a file of it has a line for."""
+
+    @property
+    def shown(self) -> ModuleType:
+        """Whose ``table`` and ``draw`` show what policies did."""
 
     @property
     def warm_up(self) -> Request:
@@ -44,30 +54,24 @@ class Load(Protocol):
     def title(self, results: Sequence[Any]) -> str:
         """Say what was asked of every server."""
 
-    def table(self, results: Sequence[Any]) -> str:
-        """Lay results out in Markdown."""
-
-    def draw(self, path: Path, title: str, results: Sequence[Any]) -> None:
-        """Draw them."""
-
-    def write(self, path: Path) -> None:
-        """Write the load as a file that ``--workload`` reads."""
-
 
 @dataclass(frozen=True)
 class Requests:
     """Requests of which none waits for another's reply."""
 
     name: str
-    requests: Sequence[Request]
+    entries: Sequence[Request]
     seed: int
     rate: float
     concurrency: int | None
 
     @property
+    def shown(self) -> ModuleType:
+        return request_result
+
+    @property
     def warm_up(self) -> Request:
-        first, *rest = self.requests[0].messages
-        return _warm((first, *rest), self.requests[0])
+        return _warm(self.entries[0])
 
     def send(self, base_url: str, model: str) -> dict[str, Any]:
         from kvserve.bench.client import send
@@ -75,7 +79,7 @@ class Requests:
         return send(
             base_url,
             model,
-            self.requests,
+            self.entries,
             seed=self.seed,
             rate=self.rate,
             concurrency=self.concurrency,
@@ -94,59 +98,41 @@ class Requests:
             f"{first.output_tokens / count:.0f} tokens"
         )
 
-    def table(self, results: Sequence[request_result.Result]) -> str:
-        return request_result.table(results)
-
-    def draw(
-        self, path: Path, title: str, results: Sequence[request_result.Result]
-    ) -> None:
-        request_result.draw(path, title, results)
-
-    def write(self, path: Path) -> None:
-        write_workload(path, self.requests)
-
 
 @dataclass(frozen=True)
 class Conversations:
     """Agents that talk beside each other."""
 
     name: str
-    agents: Sequence[Agent]
+    entries: Sequence[Agent]
+
+    @property
+    def shown(self) -> ModuleType:
+        return agents_result
 
     @property
     def warm_up(self) -> Request:
-        first = self.agents[0]
-        asked = ({"role": "user", "content": first.system + first.turns[0].user},)
-        return _warm(asked, Request(asked, first.turns[0].output_tokens))
+        first = self.entries[0]
+        asked = {"role": "user", "content": first.system + first.turns[0].user}
+        return _warm(Request((asked,), first.turns[0].output_tokens))
 
     def send(self, base_url: str, model: str) -> Any:
         from kvserve.bench.conversations import talk
 
-        return talk(base_url, model, self.agents)
+        return talk(base_url, model, self.entries)
 
     def result(
         self, policy: str, measured: Any, timeline: list[Sample]
     ) -> agents_result.AgentsResult:
         said, seconds = measured
-        return agents_result.AgentsResult(policy, seconds, said, timeline)
+        return agents_result.AgentsResult(policy, seconds, timeline, said)
 
     def title(self, results: Sequence[agents_result.AgentsResult]) -> str:
-        return agents_result.title_of(results, self.name, len(self.agents))
-
-    def table(self, results: Sequence[agents_result.AgentsResult]) -> str:
-        return agents_result.table(results)
-
-    def draw(
-        self, path: Path, title: str, results: Sequence[agents_result.AgentsResult]
-    ) -> None:
-        agents_result.draw(path, title, results)
-
-    def write(self, path: Path) -> None:
-        write_agents(path, self.agents)
+        return agents_result.title_of(results, self.name, len(self.entries))
 
 
-def _warm(messages: tuple[dict[str, str], ...], request: Request) -> Request:
-    first, *rest = messages
+def _warm(request: Request) -> Request:
+    first, *rest = request.messages
     first = {**first, "content": f"Warming up. {first['content']}"}
     return replace(request, messages=(first, *rest), output_tokens=8)
 
@@ -234,7 +220,6 @@ def _agents(args: argparse.Namespace) -> AgentLoad:
         "reply": args.output_tokens,
         "think": args.think,
     }
-    assert said.keys() == {field.name for field in fields(AgentLoad)}
     return AgentLoad(**{key: one for key, one in said.items() if one is not None})
 
 
@@ -245,11 +230,12 @@ def _from_file(args: argparse.Namespace) -> Load:
     if not path.suffix:
         names = ", ".join([*WORKLOADS, AGENTS])
         raise UserError(f"--workload {args.workload}: choose one of {names}, or a file")
-    agents = read_agents(path, args.output_tokens)
+    lines = read_lines(path)
+    agents = agents_in(lines, args.output_tokens)
     if agents is not None:
         _refuse(args, _OF_REQUESTS, f"--workload {path} has turns, which follow")
         return Conversations(path.name, agents)
-    requests = read_workload(path, args.output_tokens)
+    requests = requests_in(lines, args.output_tokens)
     if args.requests and args.requests > len(requests):
         raise UserError(
             f"--requests {args.requests}: --workload {path} has {len(requests)}"

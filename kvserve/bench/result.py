@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +30,38 @@ class Spread:
         return cls(float(values.mean()), float(p50), float(p99))
 
 
-class Run(Protocol):
-    """A policy under some load, and the server's own gauges meanwhile."""
+@dataclass(frozen=True)
+class Run:
+    """A policy under some load.
+
+    Attributes:
+        seconds: until the last reply.
+        timeline: the server's own gauges meanwhile.
+    """
+
+    policy: str
+    seconds: float
+    timeline: list[Sample]
 
     @property
-    def policy(self) -> str: ...
+    def most_running(self) -> int:
+        return int(max(sample.running for sample in self.timeline))
+
     @property
-    def timeline(self) -> list[Sample]: ...
+    def peak_usage(self) -> float:
+        return max(sample.usage for sample in self.timeline)
+
+    @property
+    def preemptions(self) -> int:
+        return int(self.timeline[-1].preemptions - self.timeline[0].preemptions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, figures that are derived included."""
+        return asdict(self) | {
+            "most_running": self.most_running,
+            "peak_kv_usage": self.peak_usage,
+            "preemptions": self.preemptions,
+        }
 
 
 def first_error(errors: Sequence[str]) -> str:
@@ -46,20 +71,16 @@ def first_error(errors: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Run):
     """One policy under one load.
 
     Attributes:
-        seconds: from the first request sent to the last reply.
         completed: requests that were answered in full; only they count below.
         ttft: time to first token, s, from sending the request.
         itl: time between two tokens of a reply, s; tokens that came in one chunk share
             the time since the chunk before.
-        timeline: the server's own gauges during the run.
     """
 
-    policy: str
-    seconds: float
     completed: int
     failed: int
     first_error: str
@@ -67,7 +88,6 @@ class Result:
     output_tokens: int
     ttft: Spread
     itl: Spread
-    timeline: list[Sample]
 
     @classmethod
     def from_run(
@@ -101,26 +121,10 @@ class Result:
     def output_per_second(self) -> float:
         return self.output_tokens / self.seconds
 
-    @property
-    def most_running(self) -> int:
-        return int(max(sample.running for sample in self.timeline))
-
-    @property
-    def peak_usage(self) -> float:
-        return max(sample.usage for sample in self.timeline)
-
-    @property
-    def preemptions(self) -> int:
-        return int(self.timeline[-1].preemptions - self.timeline[0].preemptions)
-
     def to_json(self) -> dict[str, Any]:
-        """Everything, the derived figures of the table included."""
-        return asdict(self) | {
+        return super().to_json() | {
             "requests_per_second": self.requests_per_second,
             "output_tokens_per_second": self.output_per_second,
-            "most_running": self.most_running,
-            "peak_kv_usage": self.peak_usage,
-            "preemptions": self.preemptions,
         }
 
 
@@ -149,7 +153,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, about: dict[str, Any], results: Sequence[Any]) -> None:
+def write_json(path: Path, about: dict[str, Any], results: Sequence[Run]) -> None:
     """Write the settings of the run and every result with its timeline."""
     document = about | {"runs": [result.to_json() for result in results]}
     try:

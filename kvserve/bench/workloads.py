@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kvserve.errors import UserError
 from kvserve.texts.haystack import Book, load_book, passage
@@ -24,8 +24,11 @@ Message = dict[str, str]
 _CHARACTERS_PER_TOKEN = 4.4
 _BOOKS: tuple[Book, ...] = ("northanger_abbey", "persuasion")
 _FORM = (
-    'expected {"prompt": "...", "output_tokens": 64}, or messages instead of a prompt'
+    'expected {"prompt": "...", "output_tokens": 64}, or messages instead of a prompt, '
+    "or turns"
 )
+Lines = Sequence[tuple[str, dict[str, Any]]]
+"""Of a file: where each is, as a message about it begins, and its object."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Request:
                 "output_tokens": self.output_tokens,
             }
         return {"messages": list(self.messages), "output_tokens": self.output_tokens}
+
+
+class Entry(Protocol):
+    """What a line of a workload file stands for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line."""
 
 
 Build = Callable[[random.Random, int], tuple[Message, ...]]
@@ -81,8 +91,17 @@ def draw_workload(
     return requests
 
 
-def read_workload(path: Path, output_tokens: int | None = None) -> list[Request]:
-    """Read a JSONL file: ``prompt`` or ``messages``, and ``output_tokens``, a line.
+def read_lines(path: Path) -> Lines:
+    """Read a workload file, whatever its lines stand for.
+
+    Raises:
+        UserError: names the file, and the line that is no object.
+    """
+    return list(read_objects(path, "--workload", _FORM))
+
+
+def requests_in(lines: Lines, output_tokens: int | None = None) -> list[Request]:
+    """Requests of a file: ``prompt`` or ``messages``, and ``output_tokens``, a line.
 
     Args:
         output_tokens: length of every reply, instead of what the file says.
@@ -90,13 +109,12 @@ def read_workload(path: Path, output_tokens: int | None = None) -> list[Request]
     Raises:
         UserError: names the file, the line and what is wrong with it.
     """
-    found = read_objects(path, "--workload", _FORM)
-    return [_parse(record, output_tokens, where) for where, record in found]
+    return [_parse(record, output_tokens, where) for where, record in lines]
 
 
-def write_workload(path: Path, requests: Sequence[Request]) -> None:
-    """Write a file for :func:`read_workload`; guidellm reads its prompts as well."""
-    lines = (json.dumps(request.to_json()) + "\n" for request in requests)
+def write_workload(path: Path, entries: Sequence[Entry]) -> None:
+    """Write a file for :func:`read_lines`; guidellm reads its prompts as well."""
+    lines = (json.dumps(entry.to_json()) + "\n" for entry in entries)
     try:
         path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
@@ -104,13 +122,23 @@ def write_workload(path: Path, requests: Sequence[Request]) -> None:
 
 
 def _parse(record: dict[str, Any], output_tokens: int | None, where: str) -> Request:
-    tokens = output_tokens or record.get("output_tokens")
+    tokens = reply_tokens(record, output_tokens, where)
+    return Request(_messages(record, where), tokens)
+
+
+def reply_tokens(record: dict[str, Any], given: int | None, where: str) -> int:
+    """Length of a reply: what was given for all, or what the file says.
+
+    Raises:
+        UserError: neither says it.
+    """
+    tokens = given or record.get("output_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise UserError(
             f"{where}: output_tokens must be a whole number of at least 1; or give "
             "--output-tokens"
         )
-    return Request(_messages(record, where), tokens)
+    return tokens
 
 
 def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.bench.agents import Agent, AgentLoad, Turn, read_agents, write_agents
+from kvserve.bench.agents import Agent, AgentLoad, Turn, agents_in
 from kvserve.bench.agents_result import AgentsResult, draw, table
 from kvserve.bench.command import bench
 from kvserve.bench.conversations import Said, talk
 from kvserve.bench.scrape import Sample
+from kvserve.bench.workloads import read_lines, write_workload
 from kvserve.errors import UserError
 from tests.unit.bench.test_bench_client import _Server, url
 
@@ -44,9 +45,9 @@ def test_a_seed_is_a_load_whose_agents_share_one_beginning(
 
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     path, agents = tmp_path / "a.jsonl", AgentLoad(3, 2, 50, 20, 5).draw(0)
-    write_agents(path, agents)
-    assert read_agents(path) == agents
-    shorter = read_agents(path, output_tokens=2)
+    write_workload(path, agents)
+    assert agents_in(read_lines(path)) == agents
+    shorter = agents_in(read_lines(path), output_tokens=2)
     assert shorter is not None
     assert {turn.output_tokens for one in shorter for turn in one.turns} == {2}
 
@@ -54,7 +55,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_file_of_requests_is_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "Hello", "output_tokens": 3}\n')
-    assert read_agents(path) is None
+    assert agents_in(read_lines(path)) is None
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_a_line_that_is_no_agent_is_named(
     path, right = tmp_path / "a.jsonl", {"turns": [{"user": "a", "output_tokens": 1}]}
     path.write_text(f"{json.dumps(right)}\n{json.dumps(line)}\n")
     with pytest.raises(UserError, match=f"line 2: .*{said}"):
-        read_agents(path)
+        agents_in(read_lines(path))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def _result(policy: str, faster: float = 1.0) -> AgentsResult:
         Sample(1, 2, 1, 0.5, 5, 300, 150),
         Sample(4, 0, 0, 0, 5, 500, 350),
     ]
-    return AgentsResult(policy, 60.0 / faster, said, timeline)
+    return AgentsResult(policy, 60.0 / faster, timeline, said)
 
 
 def test_what_was_answered_is_shown_by_policy_and_by_turn() -> None:

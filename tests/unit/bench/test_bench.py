@@ -28,7 +28,8 @@ from kvserve.bench.workloads import (
     WORKLOADS,
     Request,
     draw_workload,
-    read_workload,
+    read_lines,
+    requests_in,
     write_workload,
 )
 from kvserve.cli import main
@@ -80,14 +81,14 @@ def test_chats_take_turns_and_end_with_the_user() -> None:
 def test_a_workload_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
     requests = draw_workload(name, 6, 0)
     write_workload(tmp_path / "load.jsonl", requests)
-    assert read_workload(tmp_path / "load.jsonl") == requests
+    assert requests_in(read_lines(tmp_path / "load.jsonl")) == requests
 
 
 def test_the_command_writes_a_workload_and_sends_nothing(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
     flags = ["--workload", "long-document", "--requests", "3"]
     assert bench([*flags, "--write-workload", str(path)]) == 0
-    assert read_workload(path) == draw_workload("long-document", 3, 0)
+    assert requests_in(read_lines(path)) == draw_workload("long-document", 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_bad_line_of_a_workload_file_is_named(
     path = tmp_path / "load.jsonl"
     path.write_text(f'{{"prompt": "a", "output_tokens": 4}}\n{line}\n')
     with pytest.raises(UserError, match=said):
-        read_workload(path)
+        requests_in(read_lines(path))
 
 
 def test_output_tokens_of_the_command_stand_in_for_those_of_a_file(
@@ -118,7 +119,7 @@ def test_output_tokens_of_the_command_stand_in_for_those_of_a_file(
 ) -> None:
     path = tmp_path / "load.jsonl"
     path.write_text('{"prompt": "a"}\n')
-    (request,) = read_workload(path, output_tokens=9)
+    (request,) = requests_in(read_lines(path), output_tokens=9)
     assert request == Request(({"role": "user", "content": "a"},), 9)
 
 
